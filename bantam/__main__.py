@@ -1,0 +1,4 @@
+"`python -m bantam` is `bantam-cli`."
+from bantam.cli import main
+
+main()

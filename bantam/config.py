@@ -222,14 +222,15 @@ def from_preset(cls:BantamConfig,
 @patch(cls_method=True)
 def from_yaml(cls:BantamConfig,
               path, # A file with one mapping `bantam_config`
-              overrides=() # Texts `bantam_config.key=value`
+              overrides=(), # Texts `bantam_config.key=value`
+              **defaults # Values of fields that the file leaves out
              ):
     "The shape that a model file describes; `preset` in it names one to start from."
     data,lines = load_settings(path)
     data = apply_overrides(data, overrides)
     only_sections(data, ["bantam_config"], path, lines)
     values = data.get("bantam_config", {})
-    build = lambda **kw: cls.from_preset(kw.pop("preset"), **kw) if "preset" in kw else cls(**kw)
+    def build(preset=None, **kw): return cls.from_preset(preset, **defaults | kw) if preset else cls(**defaults | kw)
     return from_section(build, values, "bantam_config", path, lines)
 
 @patch

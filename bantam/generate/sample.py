@@ -49,14 +49,15 @@ def keep_min_p(logits_BV:Tensor, # Scores of the next token
               )->Tensor: # (B,V), the others are -inf
     "Keep the tokens at least `p` times as likely as the best. Source: Nguyen et al., 2024."
     if p <= 0: return logits_BV
-    return logits_BV.masked_fill(logits_BV < logits_BV.amax(-1, keepdim=True) + math.log(p), -math.inf)
+    least_B1 = logits_BV.amax(-1, keepdim=True) + math.log(p)
+    return logits_BV.masked_fill(logits_BV < least_B1, -math.inf)
 
 # %% ../../nbs/5_generate/50_sample.ipynb #de6a1acb
 def penalise_repetition(logits_BV:Tensor, # Scores of the next token
                         ids_BT:Tensor, # What was said so far; negative ids are padding
                         penalty:float # Above 1 discourages what was said; 1 does nothing
                        )->Tensor: # (B,V)
-    "Divide positive and multiply negative logits of tokens that occurred. Source: Keskar et al., 2019."
+    "Divide positive, multiply negative logits of what occurred. Source: Keskar et al., 2019."
     if penalty == 1: return logits_BV
     ids_BT = ids_BT.where(ids_BT >= 0, ids_BT[:, -1:])
     z_BT = logits_BV.gather(1, ids_BT)
@@ -67,10 +68,11 @@ def forbid_ngrams(logits_BV:Tensor, # Scores of the next token
                   ids_BT:Tensor, # What was said so far; negative ids are padding
                   size:int # Length of the runs that may not come twice; 0 does nothing
                  )->Tensor: # (B,V), forbidden tokens are -inf
-    "Forbid tokens that would complete a run of `size` tokens a second time. Source: Paulus et al., 2018."
+    "Forbid what would complete a run of `size` tokens again. Source: Paulus et al., 2018."
     if not 0 < size <= ids_BT.shape[1]: return logits_BV
     runs_BWn = ids_BT.unfold(1, size, 1)
-    same_BW = (runs_BWn[..., :-1] == ids_BT[:, None, ids_BT.shape[1]-size+1:]).all(-1) & (runs_BWn[..., 0] >= 0)
+    end_B1n = ids_BT[:, None, ids_BT.shape[1]-size+1:]
+    same_BW = (runs_BWn[..., :-1] == end_B1n).all(-1) & (runs_BWn[..., 0] >= 0)
     if not same_BW.any(): return logits_BV
     row,at = same_BW.nonzero(as_tuple=True)
     out_BV = logits_BV.clone()
@@ -96,7 +98,8 @@ def darts(seed:int|None, # Seed of the first row; None takes one from torch's gl
          )->Tensor: # (B, steps) float32 in [0, 1), on the CPU
     "All random numbers of a generation: row b is seeded with `seed + b`."
     if seed is None: seed = torch.randint(2**48, ()).item()
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed+b)) for b in range(rows)])
+    each = [torch.Generator().manual_seed(seed+b) for b in range(rows)]
+    return torch.stack([torch.rand(steps, generator=g) for g in each])
 
 # %% ../../nbs/5_generate/50_sample.ipynb #1336a369
 def next_token(logits_BV:Tensor, # The model's scores for the next token

@@ -11,6 +11,19 @@ from pathlib import Path
 PLAIN = ["--opt", "notebook_metadata_filter=-all", "--opt", "cell_metadata_filter=-all"]
 
 
+def shrink(nb):
+    "Pictures with a palette of 256 colours: a third of the size, no difference to the eye."
+    import base64, io
+    from PIL import Image
+    for out in (o for c in nb.cells if c.cell_type == "code" for o in c.get("outputs", [])):
+        png = out.get("data", {}).get("image/png")
+        if not png: continue
+        im, small = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+        if im.mode == "P": continue
+        im.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        out["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
+
+
 def run_one(fn, save=True):
     "Run `fn` as `nbdev_test` does; with `save`, write the cleaned outputs back. True when every cell ran."
     from execnb.nbio import read_nb, write_nb
@@ -40,6 +53,7 @@ def run_one(fn, save=True):
         sys.stderr.write(k.prettytb(fname=fn) + "\n")
     if ok and save:
         clean_nb(nb, clean_ids=True)
+        shrink(nb)
         write_nb(nb, fn)
     return ok
 

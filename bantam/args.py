@@ -28,11 +28,13 @@ class TrainingArgs:
     init_from_checkpoint:str|None=None # Weights only; the model's shape may differ where tensors still fit
     finetune_from:str|None=None # Weights, shape and tokenizer, with a fresh schedule
     resume_from_checkpoint:str|None=None # Everything: go on with an interrupted run
+    run_name:str|None=None # What the report calls the run; None takes the folder's name
     device:str="auto" # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
     precision:Literal["auto", "bf16", "fp16", "fp32"]="auto" # Type of the matrix products; weights stay float32
     seed:int=0 # Of the weights, the order of the data and every sample
     seq_len:int|None=None # Tokens of a row; None is the model's longest sequence
     document_mask:bool=True # Packed documents do not see each other
+    overfit_subset:int|None=None # Use only so many rows, again and again: can it learn them by heart?
     batch_size:int=1 # Rows of a micro-batch
     accum_steps:int=32 # Micro-batches of an optimiser step
     epochs:int=3 # Passes over the data, unless `max_steps` is set
@@ -64,7 +66,7 @@ class TrainingArgs:
 @patch
 def check(self:TrainingArgs)->None:
     "Refuse arguments that no run could follow; the message names the field."
-    positive(self, "seq_len", "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "log_every_n",
+    positive(self, "seq_len", "overfit_subset", "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "log_every_n",
              "eval_batches", "keep_last_k")
     for n in ("warmup_steps", "eval_every_n", "sample_every_n", "save_every_n", "weight_decay", "grad_clip", "seed"):
         if getattr(self, n) is not None and getattr(self, n) < 0: raise BantamError(f"{n} must be 0 or more, got {getattr(self, n)}")

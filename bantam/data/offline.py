@@ -4,39 +4,61 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'NAMES', 'PLACES', 'THINGS', 'MOODS', 'OPPOSITES', 'SMALLTALK', 'IDENTITY', 'OPENERS', 'SUMS',
-           'ASK_OPPOSITE', 'OPERATORS', 'ASK_CALCULATOR', 'MAKERS', 'KINDS', 'GRADED', 'SYSTEM', 'MIX', 'pick',
-           'held_out', 'sum_key', 'turns', 'sums', 'opposites', 'said_from', 'smalltalk', 'identity', 'story', 'step',
-           'facts', 'stories', 'plain_story', 'calculator', 'drawn', 'checked', 'dialogue', 'dialogues', 'equation',
-           'opposite_facts', 'document', 'documents', 'questions', 'is_exact', 'preferences']
+           'ASK_OPPOSITE', 'OPERATORS', 'ASK_CALCULATOR', 'KINDS', 'GRADED', 'MIX', 'SYSTEM', 'held_out', 'sum_key',
+           'World', 'turns', 'one_of', 'checked', 'dialogues', 'documents', 'questions', 'is_exact', 'preferences']
 
 # %% ../../nbs/2_data/20_offline.ipynb #65317a0c
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from random import Random
 
-from ..core import BantamError, nearest
+from fastcore.basics import patch
 
-# %% ../../nbs/2_data/20_offline.ipynb #7190b610
-def pick(rng:Random, # Where chance comes from
-         options:Sequence # What to choose from
-        ): # One of them
-    "One of `options`, by `rng.random()` alone: the only method that Python promises never to change."
-    return options[int(rng.random() * len(options))]
+from ..core import BantamError, nearest
 
 # %% ../../nbs/2_data/20_offline.ipynb #7f8986bc
 SPLITS = ("train", "valid")
 
-def held_out(key:str # What has to be new about a question
-            )->bool: # True for about one key in ten
-    "Whether `key` belongs to the held-out side; decided by its SHA-256 alone, so it holds for every seed."
-    return sha256(key.encode()).digest()[0] < 26
+def held_out(key:str, # What has to be new
+             share:float=.1 # How much is held out
+            )->bool: # True for about that share of all keys
+    "Whether `key` belongs to the held-out side; its SHA-256 alone decides, so it holds for every seed."
+    return int.from_bytes(sha256(key.encode()).digest()[:8], "big") < share * 2**64
 
 def sum_key(a:int, # One number
             b:int # The other
            )->str: # The same key for both orders
     "The key of a sum: its numbers, smaller one first."
     return f"sum {min(a, b)} {max(a, b)}"
+
+# %% ../../nbs/2_data/20_offline.ipynb #187f97c1
+class World:
+    "A small world, as one seed tells it."
+    def __init__(self,
+                 seed:str, # Decides every choice
+                 split:str="train" # The side that `drawn` keeps to: "train" or "valid"
+                ): self.rng,self.split = Random(seed),split
+
+    def below(self,
+              n:int # More than zero
+             )->int: # 0 to n-1
+        "A number by `random()` alone, the only method that Python promises never to change."
+        return int(n * self.rng.random())
+
+    def pick(self,
+             options:Sequence # What to choose from
+            ): # One of them
+        "One of `options`, each as likely as the others."
+        return options[self.below(len(options))]
+
+    def drawn(self,
+              make:Callable # A method that returns a key and something
+             ): # The something of the first key on our side
+        "Draw until the key stands on the side of `split`."
+        while True:
+            key,made = make()
+            if held_out(key) == (self.split == "valid"): return made
 
 # %% ../../nbs/2_data/20_offline.ipynb #1d06c399
 NAMES = "Ada Ben Cleo Dan Eva Finn Gwen Hugo Ida Jack Kim Leo Mia Noah Olga Paul".split()
@@ -55,7 +77,7 @@ OPPOSITES |= {b: a for a,b in OPPOSITES.items()}
 # %% ../../nbs/2_data/20_offline.ipynb #fe2354a3
 SMALLTALK = {
     "Hello! How can I help?": ("Hello!", "Hi there!", "Good day!"),
-    "Good morning! Did you sleep well?": ("Good morning!", "Morning!"),
+    "Good morning! Did you sleep well?": ("Good morning!", "Morning!", "I just woke up."),
     "Good night. Sleep well!": ("Good night!", "I am going to bed.", "Sleep well!"),
     "Small but cheerful, thank you. And you?": ("How are you?", "How are you doing?", "How is it going?"),
     "Good to hear.": ("I am fine.", "I am very well.", "All is well here."),
@@ -66,7 +88,7 @@ SMALLTALK = {
     "You are welcome!": ("Thank you!", "Thanks a lot!", "That was helpful."),
     "Why did the bantam cross the road? It was a short walk.": ("Tell me a joke.", "Make me laugh.", "Do you know a joke?"),
     "I count on my feathers when nobody looks.": ("Tell me a secret.", "Do you have a secret?"),
-    "Cluck, cluck, cluck. That was all of it.": ("Sing me a song.", "Can you sing?"),
+    "Cluck, cluck, cluck. That was all of it.": ("Sing me a song.", "Can you sing?", "Do you know a song?"),
     "Goodbye! Come back soon.": ("Goodbye!", "See you later!", "I have to go."),
     "Brown, like a warm nest.": ("What is your favourite colour?", "Which colour do you like?"),
     "Text. Mostly short stories.": ("What is your favourite food?", "What do you eat?"),
@@ -80,20 +102,22 @@ IDENTITY = {
     "I am bantam, a small language model.": ("Who are you?", "What are you?", "Who am I talking to?"),
     "My name is bantam.": ("What is your name?", "Do you have a name?", "What are you called?"),
     "A notebook made me, one cell at a time.": ("Who made you?", "Who built you?", "Where do you come from?"),
-    "About a million numbers. That is small.": ("How big are you?", "How many numbers are in you?"),
+    "About a million numbers. That is small.": ("How big are you?", "How many numbers are in you?", "Are you big?"),
     "Right here, on this machine.": ("Where are you?", "Where do you live?", "Where do you run?"),
-    "A few minutes of training old.": ("How old are you?", "What is your age?"),
+    "A few minutes of training old.": ("How old are you?", "What is your age?", "When were you born?"),
     "No, I am a program.": ("Are you human?", "Are you a person?", "Are you alive?"),
-    "I add, know opposites, follow short stories and chat.": ("What can you do?", "What are you good at?"),
+    "I add, know opposites, follow short stories and chat.": ("What can you do?", "What are you good at?", "How can you help?"),
     "I guess the next token, again and again.": ("How do you work?", "How do you do that?", "How do you think?"),
     "A bantam is a small hen, and I am a small model.": ("Why are you called bantam?", "What does your name mean?"),
-    "From stories, sums and small talk.": ("What did you learn from?", "What were you trained on?"),
-    "Yes. Please check what matters.": ("Can you be wrong?", "Do you make mistakes?"),
-    "No. I know one small world.": ("Do you know everything?", "Are you very clever?"),
-    "No. I need no network.": ("Are you online?", "Do you need the internet?")}
-OPENERS = ("", "Hi. ", "Hey! ", "Hello. ", "Okay. ", "Well. ", "Excuse me. ", "Listen. ", "One more thing. ", "Bantam! ", "Another question. ", "Good. ")
+    "From stories, sums and small talk.": ("What did you learn from?", "What were you trained on?", "How did you learn?"),
+    "Yes. Please check what matters.": ("Can you be wrong?", "Do you make mistakes?", "Can I trust you?"),
+    "No. I know one small world.": ("Do you know everything?", "Are you very clever?", "Do you know the news?"),
+    "No. I need no network.": ("Are you online?", "Do you need the internet?", "Do you use a network?")}
 
 # %% ../../nbs/2_data/20_offline.ipynb #3fe0f831
+OPENERS = ("",) * 8 + ("Hi. ", "Hey! ", "Hello. ", "Okay. ", "Well. ", "Excuse me. ", "Listen. ", "One more thing. ",
+                       "Bantam! ", "Another question. ", "Good. ")
+
 def turns(*contents:str # What the user says, what the assistant answers, and so on in turn
          )->list: # Messages
     "Messages that alternate between user and assistant."
@@ -104,156 +128,143 @@ SUMS = ("What is {a} + {b}?", "{a} + {b} = ?", "What is {a} plus {b}?", "How muc
         "{a} plus {b}?", "What do {a} and {b} make?", "Can you add {a} and {b}?",
         "{name} has {a} pears and finds {b} more. How many pears?", "{name} sold {a} books, then {b} more. How many books?")
 
-def sums(rng:Random # Where chance comes from
-        )->tuple: # Key and messages
+@patch
+def operands(self:World)->tuple: # Two numbers from 0 to 99
+    "What to add; three numbers in ten have a single digit."
+    return tuple(self.below(10 if self.rng.random() < .3 else 100) for _ in "ab")
+
+@patch
+def sums(self:World)->tuple: # Key and messages
     "A sum of two numbers below one hundred; the key is the pair, so a held-out pair is new in every phrasing."
-    a,b = int(100 * rng.random()),int(100 * rng.random())
-    return sum_key(a, b), turns(pick(rng, SUMS).format(a=a, b=b, name=pick(rng, NAMES)), f"{a+b}.")
+    a,b = self.operands()
+    ask = self.pick(OPENERS) + self.pick(SUMS).format(a=a, b=b, name=self.pick(NAMES))
+    return sum_key(a, b), turns(ask, f"{a+b}.")
 
 # %% ../../nbs/2_data/20_offline.ipynb #0fc1ee10
 ASK_OPPOSITE = ("What is the opposite of {w}?", "Opposite of {w}?", "Tell me the opposite of {w}.", "Not {w}, but what?",
                 "Which word is the opposite of {w}?", "I say {w}. You say?", "The opposite of {w}, please.", "{w}: its opposite?")
 
-def opposites(rng:Random # Where chance comes from
-             )->tuple: # Key and messages
+@patch
+def opposites(self:World)->tuple: # Key and messages
     "A word and its opposite."
-    ask,w = pick(rng, ASK_OPPOSITE),pick(rng, list(OPPOSITES))
-    return f"opposite {ask} {w}", turns(ask.format(w=w), f"{OPPOSITES[w].capitalize()}.")
+    ask,w = self.pick(ASK_OPPOSITE),self.pick(list(OPPOSITES))
+    return f"opposite {ask} {w}", turns(self.pick(OPENERS) + ask.format(w=w), f"{OPPOSITES[w].capitalize()}.")
 
 # %% ../../nbs/2_data/20_offline.ipynb #03cde4a5
-def said_from(table:dict, # Answers and what is said to get them
-              rng:Random # Where chance comes from
+@patch
+def said_from(self:World,
+              table:dict # Answers and what is said to get them
              )->tuple: # Key and messages
     "Something people say, in one of its many dresses, and the answer to it."
-    answer = pick(rng, list(table))
-    said = pick(rng, table[answer])
-    said = pick(rng, OPENERS) + pick(rng, (said, f"{said[:-1]}, bantam{said[-1]}"))
+    answer = self.pick(list(table))
+    said = self.pick(table[answer])
+    said = self.pick(OPENERS) + self.pick((said, f"{said[:-1]}, bantam{said[-1]}"))
     return f"said {said}", turns(said, answer)
 
-def smalltalk(rng:Random # Where chance comes from
-             )->tuple: # Key and messages
+@patch
+def smalltalk(self:World)->tuple: # Key and messages
     "Small talk; now and then somebody says their name and is greeted by it."
-    name = pick(rng, NAMES)
+    name = self.pick(NAMES)
     met = {f"Nice to meet you, {name}!": (f"My name is {name}.", f"I am {name}.", f"You can call me {name}.")}
-    return said_from(met if rng.random() < .15 else SMALLTALK, rng)
+    return self.said_from(met if self.rng.random() < .1 else SMALLTALK)
 
-def identity(rng:Random # Where chance comes from
-            )->tuple: # Key and messages
+@patch
+def identity(self:World)->tuple: # Key and messages
     "Who are you? Always answered in the same way."
-    return said_from(IDENTITY, rng)
+    return self.said_from(IDENTITY)
 
 # %% ../../nbs/2_data/20_offline.ipynb #0ade4a2f
-def story(rng:Random # Where chance comes from
-         )->tuple: # Sentences, where everybody and the thing is, and who has the thing (or None)
+@patch
+def story(self:World)->tuple: # Sentences; where everybody and the thing is; who has the thing (or None)
     "A short story of two people and one thing, with its facts tracked."
-    first,thing = int(16 * rng.random()),pick(rng, THINGS)
-    cast = (NAMES[first], NAMES[(first + 1 + int(15 * rng.random())) % 16])
-    where = {n: pick(rng, PLACES) for n in (*cast, thing)}
-    text = [pick(rng, MOODS), *(f"{n} was in the {where[n]}." for n in cast), f"A {thing} lay in the {where[thing]}."]
-    holder = None
-    for _ in range(3 + int(3 * rng.random())):
-        who,other = cast if rng.random() < .5 else cast[::-1]
+    first,thing,holder = self.below(16),self.pick(THINGS),None
+    cast = NAMES[first],NAMES[(first + 1 + self.below(15)) % 16]
+    where = {n: self.pick(PLACES) for n in (*cast, thing)}
+    text = [self.pick(MOODS), *(f"{n} was in the {where[n]}." for n in cast), f"A {thing} lay in the {where[thing]}."]
+    for _ in range(3 + self.below(3)):
+        who,other = self.pick((cast, cast[::-1]))
+        goal = where[thing if holder != who else other]
         if holder is None and where[who] == where[thing]:
             holder = who; text.append(f"{who} picked up the {thing}.")
         elif holder == who and where[who] == where[other]:
             holder = other; text.append(f"{who} gave the {thing} to {other}.")
-        elif holder == who and rng.random() < .25:
+        elif holder == who and self.rng.random() < .25:
             holder = None; text.append(f"{who} put the {thing} down.")
         else:
-            goal = where[other if holder == who else thing]
-            where[who] = goal if goal != where[who] and rng.random() < .6 else step(rng, where[who])
-            text.append(f"{who} went to the {where[who]}.")
+            if goal == where[who] or self.rng.random() < .4: goal = self.pick([p for p in PLACES if p != where[who]])
+            where[who] = goal; text.append(f"{who} went to the {goal}.")
         if holder: where[thing] = where[holder]
     return text, where, holder
 
-def step(rng:Random, # Where chance comes from
-         here:str # A place
-        )->str: # Another one
-    "Any place but `here`."
-    return pick(rng, [p for p in PLACES if p != here])
-
-# %% ../../nbs/2_data/20_offline.ipynb #1cb6125e
-def facts(where:dict, # Where everybody and the thing is
-          holder:str|None # Who has the thing
-         )->list: # Pairs of question and answer
-    "Every question about the end of a story, with its answer."
-    *cast,thing = where
-    return [*((f"Where is {n}?", f"In the {where[n]}.") for n in cast), (f"Where is the {thing}?", f"In the {where[thing]}."),
-            (f"Who has the {thing}?", f"{holder or 'Nobody'} has it.")]
-
-def stories(rng:Random # Where chance comes from
-           )->tuple: # Key and messages
+# %% ../../nbs/2_data/20_offline.ipynb #c014a12d
+@patch
+def stories(self:World)->tuple: # Key and messages
     "A story and up to three questions about it; the key is the story."
-    text,where,holder = story(rng)
-    asked,start,n = facts(where, holder),int(4 * rng.random()),1 + int(3 * rng.random())
-    asked = (asked + asked)[start:start+n]
-    said = turns(*(s for pair in asked for s in pair))
-    said[0]["content"] = " ".join(text + [said[0]["content"]])
+    text,where,holder = self.story()
+    *cast,thing = where
+    asked = [*((f"Where is {n}?", f"In the {where[n]}.") for n in cast),
+             (f"Where is the {thing}?", f"In the {where[thing]}."), (f"Who has the {thing}?", f"{holder or 'Nobody'} has it.")]
+    start,n = self.below(4),1 + self.below(3)
+    said = turns(*(s for pair in (asked + asked)[start:start+n] for s in pair))
+    said[0]["content"] = " ".join([*text, said[0]["content"]])
     return " ".join(text), said
 
-def plain_story(rng:Random # Where chance comes from
-               )->tuple: # Key and text
+@patch
+def plain_story(self:World)->tuple: # Key and text
     "A story as running text, which ends by saying where everything is."
-    text,where,holder = story(rng)
+    text,where,holder = self.story()
     *cast,thing = where
-    end = [f"In the end {who} was in the {where[n]}." for who,n in zip((*cast, f"the {thing}"), where)]
+    end = [f"In the end {who} was in the {place}." for who,place in zip((*cast, f"the {thing}"), where.values())]
     return " ".join(text), " ".join([*text, *end, f"{holder or 'Nobody'} had the {thing}."])
 
-# %% ../../nbs/2_data/20_offline.ipynb #c014a12d
+# %% ../../nbs/2_data/20_offline.ipynb #755cbfb0
 OPERATORS = {"plus": "+", "minus": "-", "times": "*"}
 ASK_CALCULATOR = ("Use the calculator: {a} {op} {b}.", "With the calculator, what is {a} {op} {b}?", "Calculator: {a} {op} {b}?")
 
-def calculator(rng:Random # Where chance comes from
-              )->tuple: # Key and messages
-    "A calculation with numbers of three digits: the question, the call, the tool's answer, the reply."
-    b,a = sorted(100 + int(900 * rng.random()) for _ in range(2))
-    op = pick(rng, list(OPERATORS))
-    expression = f"{a} {OPERATORS[op]} {b}"
-    value = str({"+": a + b, "-": a - b, "*": a * b}[OPERATORS[op]])
-    ask,call,reply = turns(pick(rng, ASK_CALCULATOR).format(a=a, op=op, b=b),
-                           json.dumps(dict(name="calculator", arguments=dict(expression=expression), id="1")), f"{value}.")[:3]
-    reply["role"] = "assistant"
-    return expression, [ask, call, dict(role="tool", content=json.dumps(dict(id="1", content=value))), reply]
+@patch
+def calculator(self:World)->tuple: # Key and messages
+    "A calculation with numbers of three digits: question, call, the tool's answer, reply."
+    b,a = sorted(100 + self.below(900) for _ in "ab")
+    op = self.pick(list(OPERATORS))
+    expression,value = f"{a} {OPERATORS[op]} {b}",dict(plus=a + b, minus=a - b, times=a * b)[op]
+    ask = self.pick(ASK_CALCULATOR).format(a=a, op=op, b=b)
+    call = json.dumps(dict(name="calculator", arguments=dict(expression=expression), id="1"))
+    return expression, [*turns(ask, call), dict(role="tool", content=json.dumps(dict(id="1", content=str(value)))),
+                        dict(role="assistant", content=f"{value}.")]
 
-# %% ../../nbs/2_data/20_offline.ipynb #755cbfb0
-MAKERS = dict(sums=sums, opposites=opposites, smalltalk=smalltalk, identity=identity, stories=stories, calculator=calculator)
-KINDS = tuple(MAKERS)
-GRADED = ("sums", "opposites", "smalltalk", "identity")
+# %% ../../nbs/2_data/20_offline.ipynb #fad1b872
+KINDS = ("sums", "opposites", "smalltalk", "identity", "stories", "calculator")
+GRADED = KINDS[:4]
+MIX = ("sums",) * 6 + ("opposites",) * 2 + ("smalltalk",) * 2 + KINDS[3:]
 SYSTEM = "You are bantam, small and friendly."
 
-def drawn(make, # A function of `rng` that returns a key and something
-          rng:Random, # Where chance comes from
-          split:str # "train" or "valid"
-         ): # The something, of the first key that is on that side
-    "Draw until the key is on the side of `split`."
-    while True:
-        key,made = make(rng)
-        if held_out(key) == (split == "valid"): return made
+def one_of(name:str, # What was asked for
+           options:Sequence, # What there is
+           what:str # What kind of thing it is
+          )->str: # The name
+    "Refuse a name that is not among the options, and say which are."
+    if name not in options: raise BantamError(f"unknown {what} {name!r}{nearest(name, options)}; choose from {', '.join(options)}")
+    return name
 
 def checked(n:int, # How many
             split:str, # Which side
             kinds:Sequence # Which kinds
            )->tuple: # The kinds
-    "Refuse what cannot be made, by name."
+    "Refuse at once what cannot be made."
     if n < 0: raise BantamError(f"n must not be negative, got {n}")
-    if split not in SPLITS: raise BantamError(f"unknown split {split!r}{nearest(split, SPLITS)}; choose from {', '.join(SPLITS)}")
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    for k in kinds:
-        if k not in MAKERS: raise BantamError(f"unknown kind {k!r}{nearest(k, KINDS)}; choose from {', '.join(KINDS)}")
-    return kinds
+    one_of(split, SPLITS, "split")
+    return tuple(one_of(k, KINDS, "kind") for k in ([kinds] if isinstance(kinds, str) else kinds))
 
-def dialogue(rng:Random, # Where chance comes from
-             split:str, # "train" or "valid"
-             kinds:Sequence # Kinds to draw from; one that stands twice comes twice as often
+@patch
+def dialogue(self:World,
+             kinds:Sequence=MIX # Kinds to draw from; one that stands twice comes twice as often
             )->dict: # `messages` and `kind`
     "One to three exchanges, now and then after a system turn."
-    messages = [dict(role="system", content=SYSTEM)] if rng.random() < .2 else []
-    for _ in range(1 + int(3 * rng.random())):
-        kind = pick(rng, kinds)
-        messages += drawn(MAKERS[kind], rng, split)
+    messages = [dict(role="system", content=SYSTEM)] if self.rng.random() < .2 else []
+    for _ in range(1 + self.below(3)):
+        kind = self.pick(kinds)
+        messages += self.drawn(getattr(self, kind))
     return dict(messages=messages, kind=kind)
-
-MIX = ("sums",) * 4 + ("opposites", "smalltalk", "smalltalk", "identity", "stories", "calculator")
 
 def dialogues(n:int, # How many
               seed:int=0, # Another seed, other dialogues
@@ -262,31 +273,22 @@ def dialogues(n:int, # How many
              )->list: # Dicts with `messages` and `kind`
     "`n` dialogues; number i depends on (seed, split, i) alone."
     kinds = checked(n, split, kinds or MIX)
-    return [dialogue(Random(f"dialogue/{split}/{seed}/{i}"), split, kinds) for i in range(n)]
+    return [World(f"dialogue/{split}/{seed}/{i}", split).dialogue(kinds) for i in range(n)]
 
-# %% ../../nbs/2_data/20_offline.ipynb #fad1b872
-def equation(rng:Random # Where chance comes from
-            )->tuple: # Key and text
+# %% ../../nbs/2_data/20_offline.ipynb #e68249e5
+@patch
+def equation(self:World)->tuple: # Key and text
     "A sum as an equation."
-    a,b = int(100 * rng.random()),int(100 * rng.random())
+    a,b = self.operands()
     return sum_key(a, b), f"{a} + {b} = {a+b}."
 
-def opposite_facts(rng:Random # Where chance comes from
-                  )->tuple: # Key and text
-    "Some opposites as sentences; the key is the text."
-    words = [pick(rng, list(OPPOSITES)) for _ in range(6)]
-    text = " ".join(f"The opposite of {w} is {OPPOSITES[w]}." for w in words)
-    return text, text
-
-def document(rng:Random, # Where chance comes from
-             split:str # "train" or "valid"
-            )->dict: # `text`, or `messages` and `kind`
-    "A story, a list of equations or opposites, or a dialogue."
-    r = rng.random()
-    if r < .20: return dict(text=drawn(plain_story, rng, split))
-    if r < .40: return dict(text=" ".join(drawn(equation, rng, split) for _ in range(8)))
-    if r < .45: return dict(text=drawn(opposite_facts, rng, split))
-    return dialogue(rng, split, MIX)
+@patch
+def document(self:World)->dict: # `text`, or `messages` and `kind`
+    "A story, a list of equations, or a dialogue."
+    r = self.rng.random()
+    if r < .10: return dict(text=self.drawn(self.plain_story))
+    if r < .40: return dict(text=" ".join(self.drawn(self.equation) for _ in range(10)))
+    return self.dialogue()
 
 def documents(n:int, # How many
               seed:int=0, # Another seed, other documents
@@ -294,44 +296,44 @@ def documents(n:int, # How many
              )->Iterator[dict]: # Dicts with `text`, or with `messages` and `kind`
     "The pre-training mix; document i depends on (seed, split, i) alone."
     checked(n, split, ())
-    return (document(Random(f"document/{split}/{seed}/{i}"), split) for i in range(n))
+    return (World(f"document/{split}/{seed}/{i}", split).document() for i in range(n))
 
-# %% ../../nbs/2_data/20_offline.ipynb #e68249e5
+# %% ../../nbs/2_data/20_offline.ipynb #c7789515
 def questions(n:int, # How many, shared equally between the kinds
               seed:int=0, # Another seed, another choice of them
-              kinds:Sequence=GRADED # Which kinds
+              kinds:Sequence|None=None # Which kinds; None is the graded ones
              )->list: # Dicts with `messages` (the user's turn last), `answer` and `kind`
     "Held-out questions, each different from the others, with their only right answer."
-    kinds,asked = checked(n, "valid", kinds),{}
+    kinds,asked = checked(n, "valid", kinds or GRADED),{}
     for i in range(n):
-        kind,rng = kinds[i%len(kinds)],Random(f"question/{seed}/{i}")
-        for _ in range(1000):
-            messages = drawn(MAKERS[kind], rng, "valid")
-            if messages[0]["content"] not in asked: break
+        kind,world = kinds[i%len(kinds)],World(f"question/{seed}/{i}", "valid")
+        for _ in range(2000):
+            ask,answer = world.drawn(getattr(world, kind))[:2]
+            if ask["content"] not in asked: break
         else: raise BantamError(f"there are only {i} different questions of kinds {', '.join(kinds)}; ask for fewer than {n}")
-        asked[messages[0]["content"]] = dict(messages=messages[:1], answer=messages[1]["content"], kind=kind)
+        asked[ask["content"]] = dict(messages=[ask], answer=answer["content"], kind=kind)
     return list(asked.values())
 
 def is_exact(answer:str, # What the model said
              expected:str # What is right
-            )->bool: # White space aside
-    "Whether an answer is the expected one, white space aside."
+            )->bool: # To the letter, white space aside
+    "Whether an answer is the expected one."
     return answer.split() == expected.split()
 
-# %% ../../nbs/2_data/20_offline.ipynb #c7789515
-def preferences(n:int, # How many
+# %% ../../nbs/2_data/20_offline.ipynb #41670ab4
+def preferences(n:int, # How many, shared equally between the kinds
                 seed:int=0, # Another seed, other pairs
                 split:str="train", # "train" or "valid"
-                kinds:Sequence=GRADED # Which kinds
+                kinds:Sequence|None=None # Which kinds; None is the graded ones
                )->list: # Dicts with `prompt` (messages), `chosen` and `rejected` (answers)
-    "The right answer beside one that is right elsewhere; for a sum, one that is just missed."
-    kinds,pairs = checked(n, split, kinds),[]
+    "The right answer beside a plausible wrong one."
+    kinds,pairs = checked(n, split, kinds or GRADED),[]
     for i in range(n):
-        kind,rng = kinds[i%len(kinds)],Random(f"preference/{split}/{seed}/{i}")
-        prompt,chosen = drawn(MAKERS[kind], rng, split)[:2]
-        chosen = rejected = chosen["content"]
+        kind,world = kinds[i%len(kinds)],World(f"preference/{split}/{seed}/{i}", split)
+        ask,answer = world.drawn(getattr(world, kind))[:2]
+        chosen = rejected = answer["content"]
         while rejected == chosen:
-            if kind == "sums": rejected = f"{int(chosen[:-1]) + pick(rng, (-10, -1, 1, 10))}."
-            else: rejected = drawn(MAKERS[kind], rng, split)[1]["content"]
-        pairs.append(dict(prompt=[prompt], chosen=chosen, rejected=rejected))
+            if kind == "sums": rejected = f"{abs(int(chosen[:-1]) + world.pick((-10, -1, 1, 10)))}."
+            else: rejected = world.drawn(getattr(world, kind))[1]["content"]
+        pairs.append(dict(prompt=[ask], chosen=chosen, rejected=rejected))
     return pairs

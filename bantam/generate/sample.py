@@ -98,6 +98,8 @@ def darts(seed:int|None, # Seed of the first row; None takes one from torch's gl
          )->Tensor: # (B, steps) float32 in [0, 1), on the CPU
     "All random numbers of a generation: row b is seeded with `seed + b`."
     if seed is None: seed = torch.randint(2**48, ()).item()
+    if type(seed) is not int or not 0 <= seed < 2**62:
+        raise BantamError(f"seed must be an integer from 0 to 2**62 - 1, or None, got {seed!r}")
     each = [torch.Generator().manual_seed(seed+b) for b in range(rows)]
     return torch.stack([torch.rand(steps, generator=g) for g in each])
 

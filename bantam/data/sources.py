@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import BantamError
-from .offline import SPLITS, documents, held_out, one_of
+from .offline import documents
+from .world import SPLITS, held_out, one_of
 
 # %% ../../nbs/2_data/21_sources.ipynb #7eb89036
 class Record(NamedTuple):
@@ -84,11 +85,11 @@ def list_files(path:Path # A file or a folder
     what = " and ".join(KINDS_OF_FILE)
     if not path.exists(): raise BantamError(f"{path} does not exist; check the path")
     if not path.is_dir():
-        if path.suffix in KINDS_OF_FILE: return [path]
+        if path.suffix.lower() in KINDS_OF_FILE: return [path]
         raise BantamError(f"{path}: files of kind '{path.suffix}' are not read; convert it to {what}")
     found = sorted(p for p in path.rglob("*") if p.is_file() and not any(s[0] == "." for s in p.relative_to(path).parts))
-    files = [p for p in found if p.suffix in KINDS_OF_FILE]
-    counts = Counter(p.suffix or "without ending" for p in found if p.suffix not in KINDS_OF_FILE)
+    files = [p for p in found if p.suffix.lower() in KINDS_OF_FILE]
+    counts = Counter(p.suffix or "without ending" for p in found if p.suffix.lower() not in KINDS_OF_FILE)
     rest = ", ".join(f"{n} {kind}" for kind,n in sorted(counts.items()))
     if not files: raise BantamError(f"{path} holds no {what} files{f', only {rest}' if rest else ''}; name another folder")
     if rest: warnings.warn(f"{path}: left out {rest}; only {what} files are read", stacklevel=3)
@@ -98,7 +99,7 @@ def read_file(file:Path, # A text file or JSON lines
               text_field:str="text" # Which field of JSON lines holds running text
              )->Iterator[Record]:
     "The records of one file; blank lines between JSON lines are allowed."
-    if file.suffix == ".txt": yield Record("".join(line for _,line in read_lines(file)), None, f"{file}:1")
+    if file.suffix.lower() == ".txt": yield Record("".join(line for _,line in read_lines(file)), None, f"{file}:1")
     else: yield from (parse_line(line, f"{file}:{n}", text_field) for n,line in read_lines(file) if line.strip())
 
 def read_records(paths:str|Path|list, # Files and folders

@@ -1,0 +1,182 @@
+"""Checkpoints under real damage and real kills: what a cell cannot say."""
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bantam.args import TrainingArgs
+from bantam.config import BantamConfig
+from bantam.core import BantamError
+from bantam.model.lm import BantamForCausalLM
+from bantam.text.tokenizer import BantamTokenizer
+from bantam.text.trainbpe import train_bpe
+from bantam.train.checkpoint import NEEDED, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, verify_checkpoint
+from bantam.train.optim import build_optimizer
+
+ARGS = TrainingArgs(lr=.01, keep_last_k=3)
+CONFIG = BantamConfig.from_preset("tiny", vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=1)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "bpe_training_args.json")
+FILES = (*NEEDED, *TOKENIZER_FILES, "manifest.json")
+
+
+def fresh(config=CONFIG):
+    model = BantamForCausalLM(config)
+    return model, build_optimizer(model, ARGS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run with three good checkpoints."
+    torch.manual_seed(0)
+    folder, (model, opt), tokenizer = tmp_path_factory.mktemp("run"), fresh(), BantamTokenizer.default()
+    for step in (1, 2, 3):
+        x_BT = torch.randint(96, (2, 8))
+        model(x_BT, targets=x_BT).loss.backward()
+        opt.step(); opt.zero_grad()
+        save_checkpoint(folder, step, model, tokenizer, opt, dict(epoch=0), ARGS)
+    return folder
+
+
+@pytest.fixture
+def hurt(run, tmp_path):
+    "A copy of the run, to be damaged."
+    return shutil.copytree(run, tmp_path/"run")
+
+
+def truncate(p): p.write_bytes(p.read_bytes()[:-5])
+def empty(p): p.write_bytes(b"")
+def longer(p): p.write_bytes(p.read_bytes() + b"\n")
+def first_bit(p): flip(p, 0, 1)
+def middle_bit(p): flip(p, p.stat().st_size//2, 16)
+def last_bit(p): flip(p, -1, 128)
+def zero_page(p): p.write_bytes(p.read_bytes()[:8] + bytes(len(p.read_bytes()[8:4096])) + p.read_bytes()[4096:])
+def missing(p): p.unlink()
+def folder(p): p.unlink(); p.mkdir()
+
+
+def flip(p, at, bit):
+    data = bytearray(p.read_bytes())
+    data[at] ^= bit
+    p.write_bytes(data)
+
+
+def test_the_table_has_every_file(run):
+    assert {p.name for p in newest_checkpoint(run).iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, longer, first_bit, middle_bit, last_bit, zero_page, missing, folder], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_named_and_the_one_before_is_used(hurt, caplog, name, harm):
+    if (name, harm) == ("manifest.json", longer): pytest.skip("a line break after JSON changes nothing")
+    newest = hurt/"checkpoints"/"step-00000003"
+    harm(newest/name)
+    with pytest.raises(BantamError, match=name): verify_checkpoint(newest)
+    with pytest.raises(BantamError, match=name): load_checkpoint(newest, *fresh())
+    with caplog.at_level(logging.WARNING): found = newest_checkpoint(hurt)
+    assert found.name == "step-00000002"
+    assert len(caplog.records) == 1 and name in caplog.text and "NOT USED" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert load_checkpoint(found, *fresh())["step"] == 2
+
+
+def test_two_rotten_ones_leave_the_third(hurt):
+    for step in (2, 3): last_bit(hurt/"checkpoints"/f"step-{step:08d}"/"model.safetensors")
+    assert newest_checkpoint(hurt).name == "step-00000001"
+    last_bit(hurt/"checkpoints"/"step-00000001"/"rng.safetensors")
+    with pytest.raises(BantamError, match="no good checkpoint"): newest_checkpoint(hurt)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training_state.json"])
+def test_files_of_another_checkpoint_do_not_pass(hurt, name):
+    shutil.copy(hurt/"checkpoints"/"step-00000002"/name, hurt/"checkpoints"/"step-00000003"/name)
+    with pytest.raises(BantamError, match=name): verify_checkpoint(hurt/"checkpoints"/"step-00000003")
+
+
+def test_swapped_tokenizer(hurt):
+    other = train_bpe(["other words in another order " * 20], vocab_size=340)
+    newest = hurt/"checkpoints"/"step-00000003"
+    other.save(hurt/"other")
+    with pytest.raises(BantamError, match="tokenizer.json"): load_checkpoint(newest, *fresh(), other)
+    shutil.copy(hurt/"other"/"tokenizer.json", newest/"tokenizer.json")
+    with pytest.raises(BantamError, match="tokenizer.json"): verify_checkpoint(newest)
+    assert newest_checkpoint(hurt).name == "step-00000002"
+
+
+@pytest.mark.parametrize("change", [dict(hidden_size=32), dict(num_hidden_layers=2), dict(rope_theta=500.), dict(tie_word_embeddings=False),
+                                    dict(vocab_size=97), dict(residual_dropout=.1)], ids=str)
+def test_other_config_changes_nothing_in_the_model(run, change):
+    model, opt = fresh(CONFIG.replace(**change))
+    before = [t.clone() for t in (*model.parameters(), *opt.state_dict()[0].values())]
+    with pytest.raises(BantamError, match=next(iter(change))): load_checkpoint(newest_checkpoint(run), model, opt)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *opt.state_dict()[0].values())))
+
+
+def test_saving_over_damage_heals_the_run(hurt):
+    last_bit(hurt/"checkpoints"/"step-00000003"/"model.safetensors")
+    missing(hurt/"checkpoints"/"step-00000002"/"manifest.json")
+    model, opt = fresh()
+    load_checkpoint(newest_checkpoint(hurt), model, opt)
+    for step in (2, 3, 4): save_checkpoint(hurt, step, model, None, opt, dict(epoch=0), ARGS)
+    assert [c.name[-1] for c in checkpoints(hurt)] == ["4", "3", "2"]
+    for c in checkpoints(hurt): verify_checkpoint(c)
+
+
+# A helper that saves without pause in a child process, kills it at a random moment, and looks. It is a process of its own because a process
+# that has used several threads must not fork. The weights say which step they belong to, so a mixture of two saves would be seen.
+KILLS = """
+import os, random, signal, struct, sys, time
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from test_checkpoint import ARGS, fresh
+from bantam.train.checkpoint import checkpoints, is_good, load_checkpoint, newest_checkpoint, save_checkpoint
+
+run, kills, rnd = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
+args = ARGS.replace(keep_last_k=1)
+model, opt = fresh()
+
+def mark(step):
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(step)
+        for t in opt.state_dict()[0].values(): t.fill_(step)
+
+def save_on(step, pipe):
+    while True:
+        step += 1
+        mark(step)
+        save_checkpoint(run, step, model, None, opt, dict(epoch=0), args)
+        os.write(pipe, struct.pack("q", step))
+
+step, left = 0, 0
+for _ in range(kills):
+    r, w = os.pipe()
+    if (child := os.fork()) == 0: save_on(step, w)
+    os.close(w)
+    done = struct.unpack("q", os.read(r, 8))[0] if step == 0 else step      # the first save is waited for
+    time.sleep(rnd.uniform(0, .12))
+    os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    while (b := os.read(r, 8)): done = struct.unpack("q", b)[0]
+    os.close(r)
+    left += any((run/"checkpoints").glob(".*"))
+    newest = newest_checkpoint(run)
+    step = load_checkpoint(newest, model, opt)["step"]
+    assert step >= done, (step, done)
+    assert int(newest.name[5:]) == step
+    assert all((t == step).all() for t in (*model.parameters(), *opt.state_dict()[0].values()))
+    assert sum(map(is_good, checkpoints(run))) >= min(2, step)
+save_checkpoint(run, step+1, model, None, opt, dict(epoch=0), args)
+assert not [p for home in (run, run/"checkpoints") for p in home.glob(".*")]
+assert len(checkpoints(run)) == 2
+print(f"killed {kills} times, {left} times in the middle, {step} steps")
+"""
+
+
+def test_kill_at_any_moment_leaves_the_last_good_one(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path/"run"), "25", str(Path(__file__).parent)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split(", ")[1].split()[0]) >= 5, f"too few kills hit a save: {done.stdout}"

@@ -67,7 +67,7 @@ def fill(folder:Path, # An empty folder
 
 # %% ../../nbs/4_train/42_checkpoint.ipynb #84ae5340
 def seal(folder:Path, # A folder in which all other files are written
-         **about # What else to record
+         about:dict # What else to record
         )->None:
     "Write `manifest.json`: size and SHA-256 of every file here, `about`, and the hash of all that."
     files = {p.name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for p in sorted(folder.iterdir())}
@@ -221,7 +221,7 @@ def save_checkpoint(run_dir, # The run folder
             after.callback(os.close, lock := os.open(folder, os.O_RDONLY))
             fcntl.flock(lock, fcntl.LOCK_EX)
             fill(folder, step, model, tokenizer, optimizer, state, args)
-            seal(folder, **about)
+            seal(folder, about)
     except (OSError, SafetensorError) as e:
         raise BantamError(f"cannot write checkpoint {target}: {e}; free space or choose another out_dir (earlier checkpoints are as they were)") from e
     for name in ["latest"] + ["best"]*best: write_durable(run_dir/name, target.name + "\n")

@@ -16,7 +16,7 @@ from .world import SPLITS, World, one_of
 # %% ../../nbs/2_data/20a_offline.ipynb #379a3695
 KINDS = ("sums", "opposites", "smalltalk", "identity", "stories", "calculator")
 GRADED = KINDS[:4]
-MIX = ("sums",) * 6 + ("opposites",) * 2 + ("smalltalk",) * 2 + KINDS[3:]
+MIX = ("sums",) * 6 + ("opposites",) * 2 + ("smalltalk",) * 3 + KINDS[3:]
 SYSTEM = "You are bantam, small and friendly."
 
 def checked(n:int, # How many

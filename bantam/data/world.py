@@ -205,9 +205,9 @@ def said_from(self:World,
 
 @patch
 def smalltalk(self:World)->tuple: # Key and messages
-    "Small talk; now and then somebody says their name and is greeted by it."
+    "Small talk; one in four says their name and is greeted by it."
     name = self.pick(NAMES)
-    if self.rng.random() >= .1: return self.said_from(SMALLTALK)
+    if self.rng.random() < .75: return self.said_from(SMALLTALK)
     met = (f"My name is {name}.", f"I am {name}.", f"You can call me {name}.")
     return self.said_from({f"Nice to meet you, {name}!": met})
 

@@ -196,6 +196,18 @@ def test_training_is_the_same_on_any_number_of_cores_and_holds_no_text():
     assert int(peak) < int(runs[1][1]) + 9_000  # KB; the text itself grew by 18,000
 
 
+def test_progress_shows_in_a_terminal():
+    pty = pytest.importorskip("pty")
+    code = "from bantam.text.trainbpe import train_bpe; train_bpe(['a bad cab'] * 99, 340, progress={})"
+    shown = {}
+    for progress in (True, False):
+        read = []
+        pty.spawn([sys.executable, "-W", "ignore", "-c", code.format(progress)],
+                  lambda fd: read.append(os.read(fd, 4096)) or read[-1])
+        shown[progress] = b"".join(read)
+    assert b"Compute merges" in shown[True] and shown[False] == b""
+
+
 def raw_bytes(spec):
     "No pattern: a whole text is one piece, and a piece that is in the vocabulary is one token."
     spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]

@@ -91,8 +91,8 @@ def test_forbidden_file_is_named(tmp_path, monkeypatch):
     ("a.txt", "hen".encode("utf-16"), "a.txt:1"), ("a.jsonl", b"", "a.jsonl is empty"),
     ("a.jsonl", b'{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON"), ("a.jsonl", b'"x"\n', "a.jsonl:1 is a str, not an object"),
     ("a.jsonl", b'{"text": null}\n', "a.jsonl:1 field 'text' is a NoneType"), ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl:1 has no field 'text', only txt"),
-    ("a.jsonl", b'{"messages": {}}\n', "a.jsonl:1 field 'messages' is not a list"), ("a.jsonl", b'{"text": "\\udc00"}\n', "surrogate"),
-    ("a.gz", b"\x1f\x8b", "kind '.gz' are not read"), ("a.parquet", b"PAR1", "kind '.parquet' are not read"), ("a.zst", b"x", "kind '.zst' are not read")])
+    ("a.jsonl", b'{"messages": {}}\n', "a.jsonl:1 field 'messages' is a dict, not a list"), ("a.jsonl", b'{"text": "\\udc00"}\n', "surrogate"),
+    ("a.gz", b"\x1f\x8b", "kind '.gz' is not read"), ("a.parquet", b"PAR1", "kind '.parquet' is not read"), ("a.zst", b"x", "kind '.zst' is not read")])
 def test_bad_file(tmp_path, name, data, says):
     (tmp_path/name).write_bytes(data)
     with pytest.raises(BantamError, match=says): list(read_records(str(tmp_path/name)))

@@ -77,7 +77,7 @@ def questions(n:int, # How many, shared equally between the kinds
         for _ in range(2000):
             ask,answer = world.drawn(getattr(world, kind))[:2]
             if ask["content"] not in asked: break
-        else: raise BantamError(f"no {n} questions of {', '.join(kinds)} differ; ask for at most {i}")
+        else: raise BantamError(f"no {n} questions of {', '.join(kinds)} differ; ask for {i}")
         asked[ask["content"]] = dict(messages=[ask], answer=answer["content"], kind=kind)
     return list(asked.values())
 

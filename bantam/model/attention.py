@@ -16,7 +16,7 @@ from ..core import BantamError
 from .cache import KVCache
 from .layers import Linear, RMSNorm
 from .mask import Mask, Tile, causal_tiles
-from .rope import apply_rope
+from .rope import rotary_heads
 
 # %% ../../nbs/3_model/34_attention.ipynb #a110fa3c
 def softmax(scores:Tensor # (..., S), -inf where forbidden
@@ -77,7 +77,8 @@ def unstack(x_NMK:Tensor, # What `stack` gave
            )->Tensor: # (B,H,T,K)
     "The heads, apart again."
     G = x_NMK.shape[0]//B
-    return x_NMK.unflatten(1, (-1, H//G)).unflatten(0, (B, G)).transpose(2, 3).flatten(1, 2)
+    x_BTGRK = x_NMK.view(B, G, -1, H//G, x_NMK.shape[-1]).transpose(1, 2)
+    return x_BTGRK.flatten(2, 3).transpose(1, 2) # in memory time stands before heads, as the next product wants it
 
 # %% ../../nbs/3_model/34_attention.ipynb #8adfc218
 def tile_probs(q_NMK:Tensor, # Stacked queries, already scaled
@@ -95,7 +96,12 @@ def tile_probs(q_NMK:Tensor, # Stacked queries, already scaled
 class TiledAttention(torch.autograd.Function):
     "Attention tile by tile, forward and backward."
     @staticmethod
-    def forward(ctx, q_BHTK, k_BGSK, v_BGSK, tiles):
+    def forward(ctx,
+                q_BHTK, # Queries
+                k_BGSK, # Keys
+                v_BGSK, # Values
+                tiles # List of `Tile`, which cover every query once
+               ):
         (B,H,T,K),G = q_BHTK.shape,k_BGSK.shape[1]
         ctx.tiles,ctx.shape,kept = tiles,(B, H, G, K**-.5),[]
         with torch.autocast(q_BHTK.device.type, enabled=False): # the inputs have the type they shall be computed in
@@ -111,7 +117,9 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_BHTK):
+    def backward(ctx,
+                 grad_BHTK # Gradient of the output
+                ):
         (q,k,v,*kept),(B,H,G,scale) = ctx.saved_tensors,ctx.shape
         with torch.autocast(q.device.type, enabled=False):
             do,dq,dk,dv = stack(grad_BHTK, G),torch.empty_like(q),torch.zeros_like(k, dtype=torch.float32),torch.zeros_like(v, dtype=torch.float32)
@@ -168,9 +176,9 @@ class Attention(nn.Module):
                 cache:KVCache|None=None # Past keys and values; the new ones are appended
                )->Tensor: # (B,T,D), to be added to the residual stream
         H,G,K = self.H,self.G,self.K
-        qk,v = self.qkv_proj(x_BTD).unflatten(-1, (H + 2*G, K)).split([H + G, G], 2) # (B,T,H+G,K), (B,T,G,K)
-        if self.q_norm: qk = torch.cat([self.q_norm(qk[:,:,:H]), self.k_norm(qk[:,:,H:])], 2)
-        q,k,v = (t.transpose(1, 2) for t in (*apply_rope(qk, *rope).split([H, G], 2), v)) # (B,heads,T,K)
+        qkv = self.qkv_proj(x_BTD).unflatten(-1, (H + 2*G, K)) # (B,T,H+2G,K)
+        if self.q_norm: qkv = torch.cat([self.q_norm(qkv[:,:,:H]), self.k_norm(qkv[:,:,H:H+G]), qkv[:,:,H+G:]], 2)
+        q,k,v = rotary_heads(qkv, *rope, H, G) # (B,heads,T,K)
         if cache is not None: k,v = cache.update(self.layer, k, v)
         out_BHTK = attend(q, k, v, mask, self.dropout if self.training else 0., self.impl)
         return self.o_proj(out_BHTK.transpose(1, 2).flatten(2))

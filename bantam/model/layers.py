@@ -64,7 +64,11 @@ def rms_norm(x:Tensor, # (..., D), any float type
 class FastRMSNorm(torch.autograd.Function):
     "`rms_norm` with a backward pass in one LayerNorm kernel and a correction per row."
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx,
+                x, # (..., D)
+                weight, # (D,)
+                eps # Added to the mean square
+               ):
         x_ = x.float()
         scale = torch.linalg.vector_norm(x_, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -72,12 +76,14 @@ class FastRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx,
+                 grad # (..., D) of the output
+                ):
         x,weight,scale = ctx.saved_tensors
         g,w,D = grad.float(),weight.float(),x.shape[-1]
         dx,dw,_ = torch.ops.aten.native_layer_norm_backward(
             g, x.float(), [D], torch.zeros_like(scale), scale, w, None, [True, True, False])
-        dx += (g @ w)[...,None] * scale / D
+        dx += torch.mv(g.reshape(-1, D), w).view_as(scale) * scale / D
         return dx.to(x.dtype),dw.to(weight.dtype),None
 
 # %% ../../nbs/3_model/30_layers.ipynb #b3c5879a
@@ -97,4 +103,6 @@ class RMSNorm(nn.Module):
         if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling(): return FastRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
 
-    def extra_repr(self)->str: return f"{self.dim}, eps={self.eps:g}"
+    def extra_repr(self)->str:
+        "What `print` shows between the brackets."
+        return f"{self.dim}, eps={self.eps:g}"

@@ -41,7 +41,9 @@ def visible(rule:Rule, # What decides
     return seen[(None,) * (3 - seen.dim())].unsqueeze(1)
 
 # %% ../../nbs/3_model/32_mask.ipynb #d4aeef21
-def causal(q:Tokens, k:Tokens)->Tensor:
+def causal(q:Tokens, # The query
+           k:Tokens # The key
+          )->Tensor: # May the query see the key?
     "Nobody sees the future."
     return k.place <= q.place
 
@@ -52,15 +54,20 @@ def within(size:int # Keys that a query sees, itself included
     def near(q, k): return q.place - k.place < size
     return near
 
-def same_document(q:Tokens, k:Tokens)->Tensor:
+def same_document(q:Tokens, # The query
+                  k:Tokens # The key
+                 )->Tensor: # May the query see the key?
     "Nobody sees another document."
     return q.document == k.document
 
-def not_padding(q:Tokens, k:Tokens)->Tensor:
+def not_padding(q:Tokens, # The query
+                k:Tokens # The key
+               )->Tensor: # May the query see the key?
     "Nobody sees padding, except padding itself."
     return k.real | (q.place == k.place)
 
-def all_of(*rules:Rule)->Rule: # True where every rule agrees
+def all_of(*rules:Rule # At least one
+          )->Rule: # True where every rule agrees
     "Compose rules: what one forbids is forbidden."
     def every(q, k):
         seen = rules[0](q, k)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'NAMES', 'PLACES', 'THINGS', 'MOODS', 'OPPOSITES', 'SMALLTALK', 'IDENTITY', 'OPENERS', 'SUMS',
-           'ASK_OPPOSITE', 'OPERATORS', 'ASK_CALCULATOR', 'held_out', 'one_of', 'sum_key', 'World', 'turns']
+           'ASK_OPPOSITE', 'OPERATORS', 'ASK_CALCULATOR', 'held_out', 'sum_key', 'one_of', 'World', 'turns']
 
 # %% ../../nbs/2_data/20_world.ipynb #1181c34d
 import json
@@ -25,6 +25,13 @@ def held_out(key:str, # What has to be new
     "Whether `key` belongs to the held-out side; its SHA-256 alone decides, for every seed."
     return int.from_bytes(sha256(key.encode()).digest()[:8], "big") < share * 2**64
 
+def sum_key(a:int, # One number
+            b:int # The other
+           )->str: # The same key for both orders
+    "The key of a sum: its numbers, smaller one first."
+    return f"sum {min(a, b)} {max(a, b)}"
+
+# %% ../../nbs/2_data/20_world.ipynb #e1dc0c8e
 def one_of(name:str, # What was asked for
            options:Sequence, # What there is
            what:str # What kind of thing it is
@@ -33,12 +40,6 @@ def one_of(name:str, # What was asked for
     if name in options: return name
     hint = f"{nearest(name, options)}; choose from {', '.join(options)}"
     raise BantamError(f"unknown {what} {name!r}{hint}")
-
-def sum_key(a:int, # One number
-            b:int # The other
-           )->str: # The same key for both orders
-    "The key of a sum: its numbers, smaller one first."
-    return f"sum {min(a, b)} {max(a, b)}"
 
 # %% ../../nbs/2_data/20_world.ipynb #b86a822c
 class World:
@@ -163,7 +164,7 @@ SUMS = ("What is {a} + {b}?", "{a} + {b} = ?", "What is {a} plus {b}?", "How muc
 
 @patch
 def operands(self:World)->tuple: # Two numbers from 0 to 99
-    "What to add; three numbers in ten have a single digit."
+    "What to add; three numbers in ten are drawn below ten, the others below one hundred."
     return tuple(self.below(10 if self.rng.random() < .3 else 100) for _ in "ab")
 
 @patch

@@ -11,10 +11,10 @@ _PUBLIC = {
     "SFTArgs": ("bantam.args",),
     "BantamTokenizer": ("bantam.text.tokenizer",),
     "ChatTemplate": ("bantam.text.template",),
-    "BantamForCausalLM": ("bantam.model.lm", "bantam.generate.generate"),
+    "BantamForCausalLM": ("bantam.model.lm", "bantam.decode.generate"),
     "Trainer": ("bantam.train.trainer",),
-    "generate": ("bantam.generate.generate",),
-    "stream": ("bantam.generate.generate",),
+    "generate": ("bantam.decode.generate",),
+    "stream": ("bantam.decode.generate",),
     "BantamChat": ("bantam.chat.chat",),
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from bantam.chat.chat import BantamChat, chat_loop, harmless
 from bantam.config import BantamConfig
 from bantam.core import BantamError
-from bantam.generate.generate import GenerationArgs, complete, generate, left_pad, stream
-from bantam.generate.speech import StopText
+from bantam.decode.generate import GenerationArgs, complete, generate, left_pad, stream
+from bantam.decode.speech import StopText
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.special import CONTROL_TOKENS
 from bantam.text.template import ChatTemplate

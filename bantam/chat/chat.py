@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import BantamError, nearest, write_json
-from ..generate.generate import GenerationArgs, Speech
+from ..decode.generate import GenerationArgs, Speech
 from ..model.lm import BantamForCausalLM
 from ..runtime import pick_device
 from ..text.template import ChatTemplate

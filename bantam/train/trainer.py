@@ -24,9 +24,10 @@ from ..core import BantamError, human, new_folder, read_json, write_durable
 from ..runtime import matmul_peak, peak_memory, pick_device, pick_precision, rng_state, seed_everything, set_rng_state, tune_allocator
 from .checkpoint import checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from .optim import build_optimizer
+from .report import LivePlot, environment, loss_curve, metric_curves, png, report_html
 from .schedule import lr_scale, plan_steps
 from .step import LossScaler, accumulate, byte_lengths, check_fit, measure, take_step
-from .track import Console, LivePlot, RunLog, Samples, environment, full_row, loss_curve, metric_curves, png, report_html
+from .track import Console, RunLog, Samples, full_row
 
 # %% ../../nbs/4_train/45_trainer.ipynb #ff11552d
 PATIENCE = 10 # Steps in a row whose numbers went bad, after which training stops

@@ -211,7 +211,11 @@ def chat_loop(chat:BantamChat, # Who to talk with
             elif line.strip(): speak(chat, line, write, tell)
         except BantamError as e: tell(str(e), "error")
 
-def speak(chat, line, write, tell):
+def speak(chat:BantamChat, # Who answers
+          line:str, # What the user typed
+          write:Callable, # Takes the pieces of the answer
+          tell:Callable # Takes notes beside it
+         )->None:
     "Write one answer as it comes; Ctrl+C ends it."
     pieces = chat.stream(line)
     try:

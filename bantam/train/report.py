@@ -74,7 +74,7 @@ class LivePlot:
     "A callback that shows the loss curve under the running cell."
     def __init__(self,
                  every:float=5., # Seconds between two pictures
-                 show=None # A function that shows a figure and returns a handle with `.update(figure)`; None is Jupyter's
+                 show=None # A function that shows a picture and returns a handle with `.update(picture)`; None is Jupyter's
                 ):
         self.every,self.show,self.handle,self.last = every,show,None,-math.inf
 
@@ -93,11 +93,10 @@ class LivePlot:
         if trainer.log.rows: self._draw(trainer, trainer.log.rows[-1])
 
     def _draw(self, trainer, row):
-        fig = loss_curve(trainer.log.rows, title=progress_line(row, trainer.total_steps))
-        if self.handle is None:
-            from IPython.display import display
-            self.handle = (self.show or (lambda f: display(f, display_id=True)))(fig)
-        else: self.handle.update(fig)
+        from IPython.display import Image, display
+        picture = Image(png(loss_curve(trainer.log.rows, title=progress_line(row, trainer.total_steps))))
+        if self.handle is None: self.handle = (self.show or (lambda p: display(p, display_id=True)))(picture)
+        else: self.handle.update(picture)
         self.last = time.monotonic()
 
 # %% ../../nbs/4_train/44b_report.ipynb #a04aa40d

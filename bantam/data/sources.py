@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'PROMPTS', 'KINDS_OF_FILE', 'DOCUMENTED', 'NOT_STDLIB', 'CORPORA', 'Record', 'read_lines', 'as_record',
            'parse_line', 'list_files', 'read_file', 'read_records', 'pieces', 'in_split', 'docstrings', 'stdlib',
            'package_file', 'plain', 'shakespeare', 'conversation', 'chitchat', 'offline', 'named_corpus', 'open_source',
-           'nonempty']
+           'nonempty', 'texts_of']
 
 # %% ../../nbs/2_data/21_sources.ipynb #813bad70
 import ast
@@ -261,3 +261,12 @@ def nonempty(records:Iterable, # Records of one side
     for n,record in enumerate(records, 1): yield record
     if n: return
     raise BantamError(f"no document of {source} is on the '{split}' side; add text or change the share")
+
+# %% ../../nbs/2_data/21_sources.ipynb #d17a48db
+def texts_of(records:Iterable # Records of any source
+            )->Iterator[str]:
+    "Every text of every record: running text, what is said in turns, or the strings of its fields."
+    for r in records:
+        if r.text is not None: yield r.text
+        elif r.messages is not None: yield from (str(m.get("content", m.get("value", ""))) for m in r.messages)
+        else: yield from (v for v in r.data.values() if isinstance(v, str))

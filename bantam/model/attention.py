@@ -72,24 +72,23 @@ def stack(x_BHTK:Tensor, # Something of every query head
     return out.view(B*G, T*(H//G), K)
 
 def unstack(x_NMK:Tensor, # What `stack` gave
-            B:int, # Batch
-            H:int # Query heads
-           )->Tensor: # (B,H,T,K)
-    "The heads, apart again."
+            out_BHTK:Tensor # Where the heads go, apart again
+           )->None:
+    "Write a stack back to where it came from."
+    B,H,T,K = out_BHTK.shape
     G = x_NMK.shape[0]//B
-    x_BTGRK = x_NMK.view(B, G, -1, H//G, x_NMK.shape[-1]).transpose(1, 2)
-    return x_BTGRK.flatten(2, 3).transpose(1, 2) # in memory time stands before heads, as the next product wants it
+    out_BHTK.unflatten(1, (G, H//G)).transpose(2, 3).copy_(x_NMK.view(B, G, T, H//G, K))
 
 # %% ../../nbs/3_model/34_attention.ipynb #8adfc218
-def tile_probs(q_NMK:Tensor, # Stacked queries, already scaled
-               k_NSK:Tensor, # Keys
-               tile:Tile, # Which of them
+def tile_probs(q_NMK:Tensor, # Stacked queries of the tile, already scaled
+               k_NSK:Tensor, # All keys
+               tile:Tile, # Which of them count
                B:int # Batch: a bias may differ from row to row
               )->Tensor: # (B*G, rows of the tile, keys of the tile)
     "Softmax of the scores of one tile."
-    n,R = tile.queries.stop - tile.queries.start,q_NMK.shape[1]
+    n,M = tile.queries.stop - tile.queries.start,q_NMK.shape[1]
     scores = torch.bmm(q_NMK, k_NSK[:,tile.keys].mT)
-    if tile.bias is not None: scores.view(B, -1, n, R//n, scores.shape[-1])[...,tile.first:].add_(tile.bias[:,None,:,None])
+    if tile.bias is not None: scores.view(B, -1, n, M//n, scores.shape[-1])[...,tile.first:].add_(tile.bias[:,None,:,None])
     return torch.softmax(scores, -1)
 
 # %% ../../nbs/3_model/34_attention.ipynb #b3073742
@@ -103,34 +102,34 @@ class TiledAttention(torch.autograd.Function):
                 tiles # List of `Tile`, which cover every query once
                ):
         (B,H,T,K),G = q_BHTK.shape,k_BGSK.shape[1]
-        ctx.tiles,ctx.shape,kept = tiles,(B, H, G, K**-.5),[]
-        with torch.autocast(q_BHTK.device.type, enabled=False): # the inputs have the type they shall be computed in
-            q,k,v = stack(q_BHTK, G, K**-.5),k_BGSK.flatten(0, 1),v_BGSK.flatten(0, 1)
-            out = torch.empty_like(q)
+        ctx.tiles,ctx.scale,qs,kept = tiles,K**-.5,[],[]
+        out = q_BHTK.new_empty(B, T, H, K).transpose(1, 2) # time before heads in memory, as the next product wants it
+        k,v = k_BGSK.flatten(0, 1),v_BGSK.flatten(0, 1)
+        with torch.autocast(q_BHTK.device.type, enabled=False): # the inputs have the type to compute in
             for t in tiles:
-                rows = slice(t.queries.start*H//G, t.queries.stop*H//G)
-                probs = tile_probs(q[:,rows], k, t, B)
-                out[:,rows] = torch.bmm(probs, v[:,t.keys])
+                qs.append(stack(q_BHTK[:,:,t.queries], G, ctx.scale))
+                probs = tile_probs(qs[-1], k, t, B)
+                unstack(torch.bmm(probs, v[:,t.keys]), out[:,:,t.queries])
                 kept.append(probs if any(ctx.needs_input_grad) and probs.shape[-1] <= KEEP else None)
-            ctx.save_for_backward(q, k, v, *kept)
-            return unstack(out, B, H)
+        ctx.save_for_backward(k, v, *qs, *kept)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx,
                  grad_BHTK # Gradient of the output
                 ):
-        (q,k,v,*kept),(B,H,G,scale) = ctx.saved_tensors,ctx.shape
-        with torch.autocast(q.device.type, enabled=False):
-            do,dq,dk,dv = stack(grad_BHTK, G),torch.empty_like(q),torch.zeros_like(k, dtype=torch.float32),torch.zeros_like(v, dtype=torch.float32)
-            for t,p in zip(ctx.tiles, kept):
-                rows = slice(t.queries.start*H//G, t.queries.stop*H//G)
-                p = tile_probs(q[:,rows], k, t, B) if p is None else p
-                ds = torch._softmax_backward_data(torch.bmm(do[:,rows], v[:,t.keys].mT), p, -1, p.dtype)
-                dq[:,rows] = torch.bmm(ds, k[:,t.keys])
-                dk[:,t.keys] += torch.bmm(ds.mT, q[:,rows])
-                dv[:,t.keys] += torch.bmm(p.mT, do[:,rows])
-            return unstack(dq.mul_(scale), B, H),dk.to(k.dtype).unflatten(0, (B, G)),dv.to(v.dtype).unflatten(0, (B, G)),None
+        (k,v,*saved),n,(B,H,T,K) = ctx.saved_tensors,len(ctx.tiles),grad_BHTK.shape
+        dq = grad_BHTK.new_empty(B, T, H, K).transpose(1, 2)
+        dk,dv = torch.zeros_like(k, dtype=torch.float32),torch.zeros_like(v, dtype=torch.float32)
+        with torch.autocast(k.device.type, enabled=False):
+            for t,q,p in zip(ctx.tiles, saved[:n], saved[n:]):
+                do,p = stack(grad_BHTK[:,:,t.queries], len(k)//B),tile_probs(q, k, t, B) if p is None else p
+                ds = torch._softmax_backward_data(torch.bmm(do, v[:,t.keys].mT), p, -1, p.dtype)
+                unstack(torch.bmm(ds, k[:,t.keys]).mul_(ctx.scale), dq[:,:,t.queries])
+                dk[:,t.keys] += torch.bmm(ds.mT, q)
+                dv[:,t.keys] += torch.bmm(p.mT, do)
+        return dq,dk.to(k.dtype).unflatten(0, (B, -1)),dv.to(v.dtype).unflatten(0, (B, -1)),None
 
 def tiled_attention(q_BHTK:Tensor, # Queries
                     k_BGSK:Tensor, # Keys

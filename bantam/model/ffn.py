@@ -26,42 +26,38 @@ def swiglu(x:Tensor, # (..., D)
 
 # %% ../../nbs/3_model/36_ffn.ipynb #c6ed24fa
 class SiluMul(torch.autograd.Function):
-    "`silu(gate) * up` of a stacked (..., 2F); keeps its input only, and makes silu again on the way back."
+    "`silu(gate) * up`; keeps its two inputs only, and makes silu again on the way back."
     @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate,up = gate_up.chunk(2, -1)
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
-        out = torch.empty_like(gate_up)
-        (gate,up),(d_gate,d_up) = gate_up.chunk(2, -1),out.chunk(2, -1)
-        torch.mul(grad, F.silu(gate), out=d_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
-        return out
+        gate,up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
-def silu_mul(gate_up:Tensor # (..., 2F): gates, then values
+def silu_mul(gate:Tensor, # (..., F) what decides
+             up:Tensor # (..., F) what is let through
             )->Tensor: # (..., F)
     "Every value, let through as far as its gate says."
-    return SiluMul.apply(gate_up)
+    return SiluMul.apply(gate, up)
 
 # %% ../../nbs/3_model/36_ffn.ipynb #16119002
 class SwiGLU(nn.Module):
-    "Feed-forward with a gate (Shazeer, 2020): one stacked product in, one out."
+    "Feed-forward with a gate (Shazeer, 2020)."
     def __init__(self,
                  config:BantamConfig # Gives D, F and `mlp_dropout`
                 ):
         super().__init__()
         D,inner = config.hidden_size,config.intermediate_size
-        self.gate_up_proj,self.down_proj = Linear(D, 2*inner),Linear(inner, D)
+        self.gate_proj,self.up_proj,self.down_proj = Linear(D, inner),Linear(D, inner),Linear(inner, D)
         self.dropout = config.mlp_dropout
 
     def forward(self,
                 x_BTD:Tensor # What the norm gives
                )->Tensor: # (B,T,D), to be added to the residual stream
-        h_BTF = silu_mul(self.gate_up_proj(x_BTD))
+        h_BTF = silu_mul(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         if self.dropout: h_BTF = F.dropout(h_BTF, self.dropout, self.training)
         return self.down_proj(h_BTF)

@@ -42,10 +42,11 @@ def loss_curve(rows:list[dict], # Full rows
     if train:
         steps,losses = zip(*train)
         ax.plot(steps, losses, color="#56B4E9", lw=.7, alpha=.7, label="training")
-        ax.plot(steps, smooth(losses, max(1, len(losses)/50)), color="#0072B2", lw=1.6, label="its trend")
+        ax.plot(steps, smooth(losses, max(.1, len(losses)/50)), color="#0072B2", lw=1.6, label="its trend")
     if valid: ax.plot(*zip(*valid), "o-", color="#D55E00", ms=3.5, lw=1, label="held out")
     for (name,y),style in zip((levels or {}).items(), ("--", ":", "-.")*9): ax.axhline(y, color="#555555", lw=1, ls=style, label=name)
-    ax.set(title=title, xlabel="step", ylabel="nats per token")
+    ax.set(xlabel="step", ylabel="nats per token")
+    ax.set_title(title, fontsize=11 if len(title) < 60 else 8)
     if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=8)
     return fig
 

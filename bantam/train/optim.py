@@ -128,7 +128,7 @@ def seat(name:str, # Of the parameter
     if param.ndim < 2: home,why = "adamw","vector (gain or bias): no directions to even out"
     elif param.ndim > 2: home,why = "adamw","not a matrix"
     elif words: home,why = "adamw","word table: a row moves when its word occurs"
-    else: home,why = "muon","hidden matrix" + (f", {len(splits)} fused in it" if len(splits) > 1 else "")
+    else: home,why = "muon","hidden matrix" + (f", in {len(splits)} parts" if len(splits) > 1 else "")
     return Seat(name, param, home, param.ndim > 1, splits, why)
 
 def seats_of(model:nn.Module, # Any model

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import BantamConfig
-from ..core import BantamError
 from .cache import KVCache
 from .layers import Linear, RMSNorm
 from .mask import Mask, Tile, causal_tiles
@@ -165,6 +164,7 @@ class Attention(nn.Module):
         self.H,self.G,self.K = config.num_attention_heads,config.num_key_value_heads,config.head_dim
         self.layer,self.dropout,self.impl = layer,config.attention_dropout,config.attn_impl
         self.qkv_proj = Linear(config.hidden_size, (self.H + 2*self.G) * self.K) # rows: query heads, key heads, value heads
+        self.qkv_proj.muon_splits = (self.K,) * (self.H + 2*self.G) # Muon evens out each head by itself (40_optim measures why)
         self.o_proj = Linear(self.H * self.K, config.hidden_size)
         self.q_norm,self.k_norm = (RMSNorm(self.K, config.rms_norm_eps) if config.qk_norm else None for _ in range(2))
 

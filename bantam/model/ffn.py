@@ -20,7 +20,7 @@ def swiglu(x:Tensor, # (..., D)
            w_up_FD:Tensor, # What is let through
            w_down_DF:Tensor # Back to the width of the residual stream
           )->Tensor: # (..., D)
-    "The feed-forward of Shazeer (2020), three products: the definition that the fast one must agree with."
+    "The feed-forward of Shazeer (2020) as it is written: what the fast one must agree with."
     g,u = x @ w_gate_FD.T,x @ w_up_FD.T
     return (g * torch.sigmoid(g) * u) @ w_down_DF.T
 
@@ -52,7 +52,8 @@ class SwiGLU(nn.Module):
                 ):
         super().__init__()
         D,inner = config.hidden_size,config.intermediate_size
-        self.gate_proj,self.up_proj,self.down_proj = Linear(D, inner),Linear(D, inner),Linear(inner, D)
+        self.gate_proj,self.up_proj = Linear(D, inner),Linear(D, inner)
+        self.down_proj = Linear(inner, D)
         self.dropout = config.mlp_dropout
 
     def forward(self,

@@ -37,8 +37,9 @@ class Block(nn.Module):
                  layer:int # Which layer this is, for the cache
                 ):
         super().__init__()
-        self.attn_norm,self.attn = RMSNorm(config.hidden_size, config.rms_norm_eps),Attention(config, layer)
-        self.ffn_norm,self.ffn = RMSNorm(config.hidden_size, config.rms_norm_eps),SwiGLU(config)
+        D,eps = config.hidden_size,config.rms_norm_eps
+        self.attn_norm,self.attn = RMSNorm(D, eps),Attention(config, layer)
+        self.ffn_norm,self.ffn = RMSNorm(D, eps),SwiGLU(config)
         self.dropout = config.residual_dropout
 
     def forward(self,
@@ -50,7 +51,11 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.drop(self.attn(self.attn_norm(x_BTD), rope, mask, cache))
         return x_BTD + self.drop(self.ffn(self.ffn_norm(x_BTD)))
 
-    def drop(self, y_BTD:Tensor)->Tensor: return F.dropout(y_BTD, self.dropout, self.training) if self.dropout else y_BTD
+    def drop(self,
+             y_BTD:Tensor # What a sub-layer gives
+            )->Tensor: # (B,T,D)
+        "`residual_dropout`, in training."
+        return F.dropout(y_BTD, self.dropout, self.training) if self.dropout else y_BTD
 
 # %% ../../nbs/3_model/39_lm.ipynb #d0e485e3
 class BantamForCausalLM(nn.Module):
@@ -63,12 +68,13 @@ class BantamForCausalLM(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings: self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.init_weights()
 
     @property
     def head_weight(self)->Tensor: # (V,D)
-        "What the last hidden state is multiplied with: the head's weights, or the embedding's when tied."
+        "What the last hidden state is multiplied with: the embedding's weights when tied."
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
 # %% ../../nbs/3_model/39_lm.ipynb #318bdad7
@@ -77,15 +83,16 @@ def head_std(config:BantamConfig # The shape of the model
     "Small enough for a first loss of ln V, whatever the width."
     D,V = config.hidden_size,config.vocab_size
     std = min(config.initializer_range, .5/D**.5)
-    if config.tie_word_embeddings and config.residual_init == "zero": std = min(std, math.log(V)/(2*D))
-    return std
+    silent = config.tie_word_embeddings and config.residual_init == "zero"
+    return min(std, math.log(V)/(2*D)) if silent else std
 
 @patch
 @torch.no_grad()
 def init_weights(self:BantamForCausalLM)->None:
     "Fresh values for every parameter, from PyTorch's generator."
     c = self.config
-    into_stream = 0. if c.residual_init == "zero" else c.initializer_range/(2*c.num_hidden_layers)**.5
+    into_stream = c.initializer_range/(2*c.num_hidden_layers)**.5
+    if c.residual_init == "zero": into_stream = 0.
     for name,p in self.named_parameters():
         if p.dim() == 1: p.fill_(1.)
         elif p is self.head_weight: p.normal_(0, head_std(c))
@@ -96,8 +103,8 @@ def init_weights(self:BantamForCausalLM)->None:
 @patch
 def hidden_states(self:BantamForCausalLM,
                   input_ids:Tensor, # (B,T) ids
-                  position_ids:Tensor|None=None, # (T,) or (B,T); None counts from the start of the row or document
-                  document_ids:Tensor|None=None, # (B,S) tokens of different documents do not see each other
+                  position_ids:Tensor|None=None, # (T,) or (B,T); None counts within row or document
+                  document_ids:Tensor|None=None, # (B,S); tokens see their own document only
                   attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding
                   cache:KVCache|None=None # Past keys and values; the new ones are appended
                  )->Tensor: # (B,T,D), normalised: what the head reads
@@ -106,7 +113,8 @@ def hidden_states(self:BantamForCausalLM,
     S = T + (cache.length if cache else 0)
     marks = dict(document_ids=document_ids, attention_mask=attention_mask, device=input_ids.device)
     if position_ids is None: position_ids = build_positions(T, S, **marks)
-    rope,mask = rope_table(position_ids, c.head_dim, c.rope_theta),build_mask(T, S, c.window, **marks)
+    rope = rope_table(position_ids, c.head_dim, c.rope_theta)
+    mask = build_mask(T, S, c.window, **marks)
     x_BTD = self.embed_tokens(input_ids)
     for block in self.layers: x_BTD = block(x_BTD, rope, mask, cache)
     return self.norm(x_BTD)
@@ -118,16 +126,18 @@ def check_ids(self:BantamForCausalLM,
               past:int=0, # Tokens in the cache
               placed:bool=False # Positions are given, and are the caller's responsibility
              )->None:
-    "Refuse ids of a wrong shape or type, outside the vocabulary, or more than the model has places for."
-    c = self.config
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
-        raise BantamError(f"input_ids must be integers (batch, time) and not empty, got {input_ids.dtype} {tuple(input_ids.shape)}")
-    if past + input_ids.shape[1] > c.max_position_embeddings and not placed:
-        raise BantamError(f"input_ids has {input_ids.shape[1]} tokens after {past} cached ones, and the model has "
-                          f"max_position_embeddings {c.max_position_embeddings}; shorten the text")
-    if input_ids.is_cpu and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < c.vocab_size:
-        raise BantamError(f"input_ids has ids from {input_ids.min()} to {input_ids.max()}, but the vocabulary has 0 to {c.vocab_size-1}; "
-                          "use the tokenizer that the model was made with")
+    "Refuse ids of a wrong shape or type, outside the vocabulary, or too many."
+    shape,V,most = tuple(input_ids.shape),self.config.vocab_size,self.config.max_position_embeddings
+    if len(shape) != 2 or input_ids.is_floating_point() or 0 in shape:
+        raise BantamError(f"input_ids must be integers (batch, time), is {input_ids.dtype} {shape}")
+    if past + shape[1] > most and not placed:
+        raise BantamError(f"input_ids has {shape[1]} tokens after {past} cached, the model has "
+                          f"max_position_embeddings {most}; shorten the text")
+    if not input_ids.is_cpu: return
+    low,high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= V:
+        raise BantamError(f"input_ids has ids from {low} to {high}, but the vocabulary has 0 to "
+                          f"{V-1}; use the tokenizer that the model was made with")
 
 # %% ../../nbs/3_model/39_lm.ipynb #a8a90de1
 def shift_left(x_BT:Tensor, # Labels or their weights
@@ -142,14 +152,17 @@ def pick_targets(input_ids:Tensor, # (B,T), for its shape
                  loss_weights:Tensor|None # (B,T) beside them, or None
                 )->tuple[Tensor|None,Tensor|None]: # Shifted targets and weights
     "One convention out of two; a contradiction is refused."
-    if labels is not None and targets is not None: raise BantamError("both labels and targets are given: labels are shifted by the model, targets are already; pass one")
-    if labels is None and targets is None:
-        if loss_weights is not None: raise BantamError("loss_weights are given, but neither labels nor targets; there is no loss to weigh")
-        return None, None
-    for name,t in (("labels", labels), ("targets", targets), ("loss_weights", loss_weights)):
-        if t is not None and t.shape != input_ids.shape: raise BantamError(f"{name} has shape {tuple(t.shape)}, input_ids {tuple(input_ids.shape)}; they must agree")
-    if targets is not None: return targets, loss_weights
-    return shift_left(labels, IGNORE), None if loss_weights is None else shift_left(loss_weights, 0.)
+    if labels is not None and targets is not None:
+        raise BantamError("both labels (to be shifted) and targets (shifted) are given; pass one")
+    if loss_weights is not None and labels is None and targets is None:
+        raise BantamError("loss_weights are given without labels or targets; pass what they weigh")
+    want = tuple(input_ids.shape)
+    for name,t in dict(labels=labels, targets=targets, loss_weights=loss_weights).items():
+        if t is None or tuple(t.shape) == want: continue
+        raise BantamError(f"{name} has shape {tuple(t.shape)}, input_ids {want}; they must agree")
+    if labels is None: return targets, loss_weights
+    if loss_weights is not None: loss_weights = shift_left(loss_weights, 0.)
+    return shift_left(labels, IGNORE), loss_weights
 
 # %% ../../nbs/3_model/39_lm.ipynb #2997d9e8
 @dataclass
@@ -162,11 +175,11 @@ class LMOutput:
 @patch
 def forward(self:BantamForCausalLM,
             input_ids:Tensor, # (B,T) ids
-            labels:Tensor|None=None, # (B,T) same places as `input_ids`, shifted here; -100 is no target
+            labels:Tensor|None=None, # (B,T) at the same places, shifted here; -100 is no target
             targets:Tensor|None=None, # (B,T) already shifted; -100 is no target
             loss_weights:Tensor|None=None, # (B,T) how much each label or target counts; None is 1
-            position_ids:Tensor|None=None, # (T,) or (B,T); None counts from the start of the row or document
-            document_ids:Tensor|None=None, # (B,S) tokens of different documents do not see each other
+            position_ids:Tensor|None=None, # (T,) or (B,T); None counts within row or document
+            document_ids:Tensor|None=None, # (B,S); tokens see their own document only
             attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding
             cache:KVCache|None=None, # Past keys and values; the new ones are appended
             return_logits:bool|None=None # None: only when there is no loss to compute
@@ -174,13 +187,17 @@ def forward(self:BantamForCausalLM,
     "Loss, logits, or both."
     self.check_ids(input_ids, cache.length if cache else 0, position_ids is not None)
     targets,weights = pick_targets(input_ids, labels, targets, loss_weights)
-    h_BTD,loss,logits = self.hidden_states(input_ids, position_ids, document_ids, attention_mask, cache),None,None
+    h_BTD = self.hidden_states(input_ids, position_ids, document_ids, attention_mask, cache)
+    out = LMOutput(cache=cache)
     if targets is not None:
-        total,weight = linear_cross_entropy(h_BTD.flatten(0, 1), self.head_weight, targets.flatten(), None if weights is None else weights.flatten())
-        if weight.is_cpu and not weight: raise BantamError(f"this batch has no target: all are {IGNORE} or weigh nothing; leave it out")
-        loss = total / weight
-    if return_logits or (return_logits is None and targets is None): logits = F.linear(h_BTD, self.head_weight).float()
-    return LMOutput(loss, logits, cache)
+        h_ND,weights_N = h_BTD.flatten(0, 1),None if weights is None else weights.flatten()
+        total,weight = linear_cross_entropy(h_ND, self.head_weight, targets.flatten(), weights_N)
+        if weight.is_cpu and not weight:
+            raise BantamError(f"no target in this batch: all are {IGNORE} or weigh 0; leave it out")
+        out.loss = total / weight
+    if return_logits or (return_logits is None and targets is None):
+        out.logits = F.linear(h_BTD, self.head_weight).float()
+    return out
 
 # %% ../../nbs/3_model/39_lm.ipynb #71afd6f2
 @patch
@@ -197,7 +214,8 @@ def flops_per_token(self:BantamForCausalLM,
     inner = sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)
     window = min(c.window or seq_len, seq_len)
     seen = window - window*(window-1)/(2*seq_len) # mean over t < seq_len of min(t + 1, window)
-    return 6*(inner + self.head_weight.numel()) + 12*c.num_hidden_layers*c.num_attention_heads*c.head_dim*seen
+    attention = 12*c.num_hidden_layers*c.num_attention_heads*c.head_dim*seen
+    return 6*(inner + self.head_weight.numel()) + attention
 
 # %% ../../nbs/3_model/39_lm.ipynb #afca21a3
 def digest_of(tensors:dict # {name: tensor}
@@ -215,14 +233,19 @@ def save_pretrained(self:BantamForCausalLM,
                    )->Path: # The folder
     "Write `model.safetensors` and `config.json`, durably."
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise BantamError(f"{folder} is a file; give a folder to save the model in")
-    others = [p for p in folder.iterdir() if p.name not in ("model.safetensors", "config.json")] if folder.exists() else []
-    if any(p.is_dir() for p in others): raise BantamError(f"{folder} holds other folders; a model folder is replaced whole, so give it one of its own")
+    if folder.is_file(): raise BantamError(f"{folder} is a file; give a folder to save in")
+    others = list(folder.iterdir()) if folder.exists() else []
+    if any(p.is_dir() for p in others):
+        raise BantamError(f"{folder} holds other folders; give the model a folder of its own")
     tensors = {n: t.contiguous() for n,t in self.state_dict().items()}
+    meta = dict(format="pt", sha256=digest_of(tensors))
     with new_folder(folder) as tmp:
-        for p in others: shutil.copy2(p, tmp/p.name)
-        try: save_file(tensors, tmp/"model.safetensors", metadata=dict(format="pt", sha256=digest_of(tensors)))
-        except (OSError, SafetensorError) as e: raise BantamError(f"cannot write {folder}/model.safetensors: {e}; free space or choose another folder") from e
+        try:
+            for p in others:
+                if p.name not in ("model.safetensors", "config.json"): shutil.copy2(p, tmp/p.name)
+            save_file(tensors, tmp/"model.safetensors", metadata=meta)
+        except (OSError, SafetensorError) as e:
+            raise BantamError(f"cannot write {folder}: {e}; free space or choose another") from e
         write_json(tmp/"config.json", self.config.to_dict())
     return folder
 
@@ -230,11 +253,14 @@ def save_pretrained(self:BantamForCausalLM,
 def read_tensors(path:Path # A safetensors file
                 )->dict: # {name: tensor}
     "All tensors of the file, compared with the digest in its header."
-    if not path.is_file(): raise BantamError(f"{path} does not exist; give a folder that save_pretrained wrote")
+    if not path.is_file(): raise BantamError(f"{path} does not exist; take another copy")
     try:
-        with safe_open(path, "pt") as f: tensors,meta = {n: f.get_tensor(n) for n in f.keys()},f.metadata() or {}
-    except (OSError, SafetensorError) as e: raise BantamError(f"{path} is damaged or no safetensors file ({e}); take another copy") from e
-    if meta.get("sha256", (found := digest_of(tensors))) != found: raise BantamError(f"{path} is damaged: its tensors do not have the digest in its header; take another copy")
+        with safe_open(path, "pt") as f:
+            tensors,meta = {n: f.get_tensor(n) for n in f.keys()},f.metadata() or {}
+    except (OSError, SafetensorError) as e:
+        raise BantamError(f"{path} is damaged or not safetensors ({e}); take another copy") from e
+    if "sha256" in meta and meta["sha256"] != digest_of(tensors):
+        raise BantamError(f"{path} is damaged: its digest is of other tensors; take another copy")
     return tensors
 
 @patch
@@ -242,12 +268,14 @@ def load_weights(self:BantamForCausalLM,
                  tensors:dict, # {name: tensor}
                  where="the weights" # Their file, for messages
                 )->None:
-    "Fill every parameter; a missing, unknown or misshapen tensor is refused by name, and nothing is changed."
+    "Fill every parameter; what does not fit is refused by name, and nothing is changed."
     mine = dict(self.named_parameters())
-    for n in tensors.keys() - mine.keys(): raise BantamError(f"{where}: tensor '{n}' has no place in this model; is its config another one?")
+    def refuse(n, what): raise BantamError(f"{where}: tensor '{n}' {what}; is the config its own?")
+    for n in sorted(tensors.keys() - mine.keys()): refuse(n, "has no place in this model")
     for n,p in mine.items():
-        if n not in tensors: raise BantamError(f"{where}: tensor '{n}' is missing; is the config another one?")
-        if tensors[n].shape != p.shape: raise BantamError(f"{where}: tensor '{n}' is {tuple(tensors[n].shape)}, the model's is {tuple(p.shape)}")
+        if n not in tensors: refuse(n, "is missing")
+        found,want = tuple(tensors[n].shape),tuple(p.shape)
+        if found != want: refuse(n, f"is {found}, the model's is {want}")
     with torch.no_grad():
         for n,p in mine.items(): p.copy_(tensors[n])
 
@@ -257,11 +285,12 @@ def from_pretrained(cls:BantamForCausalLM,
                    ):
     "The model of a folder, in 32 bits, in evaluation mode."
     folder = Path(folder)
-    if not folder.is_dir(): raise BantamError(f"model folder {folder} does not exist; check the path")
-    values = read_json(folder/"config.json")
-    if not isinstance(values, dict): raise BantamError(f"{folder}/config.json must hold one mapping, found {type(values).__name__}")
+    if not folder.is_dir(): raise BantamError(f"{folder} is no folder; give one that holds a model")
+    config_file,file = folder/"config.json",folder/"model.safetensors"
+    values = read_json(config_file)
+    if not isinstance(values, dict): raise BantamError(f"{config_file} must hold one mapping")
     try: config = BantamConfig(**values)
-    except BantamError as e: raise BantamError(f"{folder}/config.json: {e}") from None
+    except BantamError as e: raise BantamError(f"{config_file}: {e}") from None
     with torch.device("meta"): model = cls(config)
-    model.to_empty(device="cpu").load_weights(read_tensors(folder/"model.safetensors"), folder/"model.safetensors")
+    model.to_empty(device="cpu").load_weights(read_tensors(file), file)
     return model.eval()

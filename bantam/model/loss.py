@@ -16,7 +16,7 @@ from ..core import BantamError
 # %% ../../nbs/3_model/38_loss.ipynb #d3a86574
 def log_softmax(logits_NV:Tensor # Scores, any size
                )->Tensor: # (N,V) logarithms of the probabilities
-    "Logarithm of the softmax of each row; the largest score is taken away first, so nothing overflows."
+    "Logarithm of the softmax of each row; without the largest score, so nothing overflows."
     z_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
     return z_NV - z_NV.exp().sum(-1, keepdim=True).log()
 
@@ -40,8 +40,9 @@ def check_targets(targets_N:Tensor, # Words, or `IGNORE`
     bad_N = (targets_N >= vocab) | ((targets_N < 0) & (targets_N != IGNORE))
     if not bad_N.any(): return
     i = int(bad_N.nonzero()[0])
-    raise BantamError(f"target {int(targets_N[i])} at flat position {i} is outside the vocabulary of {vocab} words; "
-                      f"use the tokenizer that the model was made with, and {IGNORE} where there is no target")
+    raise BantamError(f"target {int(targets_N[i])} at flat position {i} is outside the vocabulary "
+                      f"of {vocab} words; use the tokenizer that the model was made with, and "
+                      f"{IGNORE} where there is no target")
 
 # %% ../../nbs/3_model/38_loss.ipynb #be2cd237
 def cross_entropy(logits_NV:Tensor, # Scores
@@ -57,7 +58,7 @@ def cross_entropy(logits_NV:Tensor, # Scores
 # %% ../../nbs/3_model/38_loss.ipynb #574859b0
 def chunk_gradient(z_CV:Tensor, # Logits of a chunk, at least 32-bit; overwritten by their gradient
                    targets_C:Tensor # Words, or `IGNORE` (any gradient, as the row weighs nothing)
-                  )->tuple[Tensor,Tensor]: # (C,) losses; (C,V) softmax minus one at the target, in the place of `z_CV`
+                  )->tuple[Tensor,Tensor]: # (C,) losses; (C,V) softmax minus one at the target
     "Losses of a chunk and the gradient of their sum, in place."
     t_C1 = targets_C.clamp(min=0)[:,None]
     z_t_C1,z_max_C1 = z_CV.gather(1, t_C1),z_CV.amax(-1, keepdim=True)
@@ -73,7 +74,7 @@ def loss_and_grads(h_ND:Tensor, # Hidden states
                    weights_N:Tensor, # Weight of each position
                    chunk:int, # Rows at a time
                    needs:tuple[bool,bool] # Whether the gradients of `h_ND` and of `w_VD` are wanted
-                  )->tuple[Tensor,Tensor|None,Tensor|None]: # Sum of the weighted losses, its gradients to `h_ND` and `w_VD`
+                  )->tuple[Tensor,Tensor|None,Tensor|None]: # Weighted sum, its gradients to both
     "One pass over the rows, `chunk` at a time: logits, loss, gradients, forget."
     kind = h_ND.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w_VD.dtype
@@ -105,14 +106,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     "Cross entropy of `h @ w.T` whose gradients are made in the forward pass."
     @staticmethod
     def forward(ctx, h_ND, w_VD, targets_N, weights_N, chunk):
-        total,dh_ND,dw_VD = loss_and_grads(h_ND, w_VD, targets_N, weights_N, chunk, ctx.needs_input_grad[:2])
+        needs = ctx.needs_input_grad[:2]
+        total,dh_ND,dw_VD = loss_and_grads(h_ND, w_VD, targets_N, weights_N, chunk, needs)
         ctx.save_for_backward(dh_ND, dw_VD)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale):
-        return *[g if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors], None, None, None
+        dh_ND,dw_VD = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return dh_ND, dw_VD, None, None, None
 
 def linear_cross_entropy(h_ND:Tensor, # Hidden states
                          w_VD:Tensor, # Head; a tied embedding serves as it is
@@ -123,5 +126,6 @@ def linear_cross_entropy(h_ND:Tensor, # Hidden states
     "Cross entropy of the logits `h_ND @ w_VD.T`, never holding more than `chunk` rows of them."
     check_targets(targets_N, len(w_VD))
     w_N = target_weights(targets_N, weights_N)
-    if torch.is_grad_enabled(): return LinearCrossEntropy.apply(h_ND, w_VD, targets_N, w_N, chunk), w_N.sum()
-    return loss_and_grads(h_ND, w_VD, targets_N, w_N, chunk, (False,False))[0], w_N.sum()
+    args = h_ND, w_VD, targets_N, w_N, chunk
+    if torch.is_grad_enabled(): return LinearCrossEntropy.apply(*args), w_N.sum()
+    return loss_and_grads(*args, needs=(False,False))[0], w_N.sum()

@@ -18,7 +18,7 @@ import torch
 from .args import SFTArgs, TrainingArgs
 from .chat.chat import BantamChat
 from .config import BantamConfig, apply_overrides
-from .core import BantamError, clock, human, nearest, new_folder, read_json, write_json
+from .core import BantamError, clock, human, nearest, new_folder, read_json, sweep, write_json
 from .data.loader import BlockDataset, Loader
 from .data.offline import GRADED, dialogues, documents, is_exact, questions
 from .data.pack import Shards, encode_records, write_shards
@@ -211,6 +211,7 @@ def demo(out="runs/demo", # Everything that is made
     began,out,asked = time.monotonic(),Path(out),asked or resolve()
     tune_allocator()
     say(f"bantam demo in {out}")
+    for home in (out, out/"data", out/"base", out/"sft"): sweep(home)
     known = remember(out, asked)
     if (out/"summary.json").exists():
         summary = read_json(out/"summary.json")

@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'NEEDED', 'STEP', 'collect', 'fill', 'seal', 'refuse', 'read_manifest', 'verify_checkpoint', 'order_of',
-           'checkpoints', 'newest_checkpoint', 'weights_folder', 'pointed', 'discard', 'is_good', 'prune', 'sweep',
+           'checkpoints', 'newest_checkpoint', 'weights_folder', 'pointed', 'discard', 'is_good', 'prune',
            'save_checkpoint', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/4_train/42_checkpoint.ipynb #cab99677
-import fcntl
 import logging
 import os
 import platform
 import re
 import shutil
 import uuid
-from contextlib import ExitStack
 from pathlib import Path
 
 import safetensors
@@ -25,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import __version__
 from ..args import TrainingArgs
-from ..core import BantamError, digest, new_folder, read_json, sha256_file, write_durable, write_json
+from ..core import BantamError, digest, new_folder, read_json, sha256_file, sweep, write_durable, write_json
 from ..model.lm import read_tensors
 from ..runtime import rng_state, set_rng_state
 
@@ -187,18 +185,6 @@ def prune(run_dir, # A run folder
     for n in names: discard(found[0].parent/n)
     return names
 
-# %% ../../nbs/4_train/42_checkpoint.ipynb #8b38d402
-def sweep(run_dir:Path # A run folder
-         )->None:
-    "Remove temporary files and folders that nobody is writing any more."
-    for p in [p for home in (run_dir, run_dir/"checkpoints") for kind in (".tmp-*", ".old-*") for p in home.glob(kind)]:
-        if not p.is_dir(): p.unlink(missing_ok=True); continue
-        fd = os.open(p, os.O_RDONLY)
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: continue
-        finally: os.close(fd)
-        shutil.rmtree(p, ignore_errors=True)
-
 # %% ../../nbs/4_train/42_checkpoint.ipynb #9c60c24c
 def save_checkpoint(run_dir, # The run folder
                     step:int, # Optimiser steps taken
@@ -212,14 +198,12 @@ def save_checkpoint(run_dir, # The run folder
     "Write `checkpoints/step-<step>/`. Whenever this is killed, the newest good checkpoint is the one before or this one."
     run_dir = Path(run_dir)
     target = run_dir/"checkpoints"/f"step-{step:08d}"
-    sweep(run_dir)
+    for home in (run_dir, run_dir/"checkpoints"): sweep(home)
     order = 1 + max((o for o in map(order_of, checkpoints(run_dir)) if o < float("inf")), default=0)
     about = dict(step=step, order=order, config=digest(model.config.to_dict()), tokenizer=getattr(tokenizer, "fingerprint", None),
                  versions=dict(bantam=__version__, torch=torch.__version__, safetensors=safetensors.__version__, python=platform.python_version()))
     try:
-        with ExitStack() as after, new_folder(target) as folder:
-            after.callback(os.close, lock := os.open(folder, os.O_RDONLY))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with new_folder(target) as folder:
             fill(folder, step, model, tokenizer, optimizer, state, args)
             seal(folder, about)
     except (OSError, SafetensorError) as e:

@@ -13,8 +13,9 @@ from ..core import BantamError, human
 from ..data.loader import Loader, RowDataset, Sample
 from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
-from ..train.pretrain import build_model, check_same_run, load_tokenizer, records_of
-from ..train.trainer import Trainer
+from ..train.checkpoint import newest_checkpoint
+from ..train.pretrain import build_model, load_tokenizer, records_of
+from ..train.trainer import Trainer, check_same_run
 from .dialogue import MaskView, encode_dialogue, fitting, read_dialogue
 
 # %% ../../nbs/6_tune/62_sft.ipynb #7d28b1bd
@@ -91,7 +92,7 @@ def sft(args:SFTArgs, # Everything the run is told
     "Fine-tune a model on dialogues, or go on with such a run."
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
     if not (args.finetune_from or args.resume_from_checkpoint): raise BantamError("finetune_from is not set; name the model to fine-tune")
-    if args.resume_from_checkpoint: check_same_run(args)
+    if args.resume_from_checkpoint: check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
     tokenizer = load_tokenizer(args)
     tokenizer.chat_template = ChatTemplate.named(args.template).jinja()
     model = build_model(args, None, tokenizer)

@@ -45,6 +45,8 @@ def run_one(fn, save=True):
         return (cell.cell_type != "code" or "nbdev_export(" in cell.source or bool(skip & d.keys())
                 or d.get("eval:", [""])[0].lower() == "false")
 
+    for c in nb.cells:
+        if not no_eval(c): c.outputs = []
     k, ok = CaptureShell(fn), True
     try:
         with working_directory(fn.parent): k.run_all(nb, exc_stop=True, preproc=no_eval)

@@ -19,7 +19,7 @@ def readme():
         if c["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\(((?!https?:|#)[^)]+)\)", lambda m: f"](nbs/{m[1]})", src))
             continue
-        parts.append(fence("python", re.sub(r"^#\|.*\n?", "", src, flags=re.M)))
+        if not re.match(r"#\|\s*echo:\s*false", src): parts.append(fence("python", re.sub(r"^#\|.*\n?", "", src, flags=re.M)))
         out = "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in c["outputs"])
         if out.strip(): parts.append(fence("text", out))
     return "\n\n".join(parts) + "\n"

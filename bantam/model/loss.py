@@ -121,11 +121,11 @@ def linear_cross_entropy(h_ND:Tensor, # Hidden states
                          w_VD:Tensor, # Head; a tied embedding serves as it is
                          targets_N:Tensor, # Word that came next, or `IGNORE`
                          weights_N:Tensor|None=None, # How much each position counts; None is 1
-                         chunk:int=512 # Rows whose logits exist at a time
+                         chunk:int|None=None # Rows whose logits exist at a time; None is 1024, or 64 MB
                         )->tuple[Tensor,Tensor]: # Weighted sum of the losses, sum of the weights
     "Cross entropy of the logits `h_ND @ w_VD.T`, never holding more than `chunk` rows of them."
     check_targets(targets_N, len(w_VD))
     w_N = target_weights(targets_N, weights_N)
-    args = h_ND, w_VD, targets_N, w_N, chunk
+    args = h_ND, w_VD, targets_N, w_N, chunk or max(64, min(1024, 2**24//len(w_VD)))
     if torch.is_grad_enabled(): return LinearCrossEntropy.apply(*args), w_N.sum()
     return loss_and_grads(*args, needs=(False,False))[0], w_N.sum()

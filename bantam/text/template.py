@@ -60,10 +60,14 @@ class ChatTemplate:
             raise BantamError(f"no template is called {self.name!r}{hint}; use {names}")
 
     @property
-    def formats(self): return FORMATS[self.name]
+    def formats(self)->dict: # {role: `Format`}
+        "How each role is written."
+        return FORMATS[self.name]
 
     @property
-    def bos(self): return "<|BOS|>" if self.name == "bantam" else ""
+    def bos(self)->str: # A control token, or nothing
+        "What stands before the first turn."
+        return "<|BOS|>" if self.name == "bantam" else ""
 
     @classmethod
     def named(cls,

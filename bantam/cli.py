@@ -7,6 +7,7 @@ __all__ = ['define', 'trainbpe', 'init', 'shape_of', 'training', 'pretrain', 'co
            'chat', 'terminal', 'demo', 'main']
 
 # %% ../nbs/99_cli.ipynb #e7dc3a9e
+import os
 from pathlib import Path
 
 from .core import BantamError
@@ -227,6 +228,8 @@ def demo(out:Path=Path("runs/demo"), # Everything that the demo makes
          print_config:bool=False # Show the resolved settings and run nothing
         )->None:
     "Everything once: corpus, tokenizer, pre-training, fine-tuning, grading, a conversation."
+    # Waiting threads sleep: a step takes a third longer alone, and a third of the time beside another busy program (two cores).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from bantam.demo import demo, resolve
     asked = resolve(corpus=corpus, text=text, minutes=minutes, steps=steps, seed=seed, overrides=set or [])
     if print_config: return show_yaml(asked)

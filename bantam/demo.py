@@ -7,6 +7,7 @@ __all__ = ['GREEDY', 'SCRIPT', 'prepare', 'grade', 'train_stage', 'floors_of', '
            'finish_chat', 'closing']
 
 # %% ../nbs/98_demo.ipynb #a766314b
+import os
 import shutil
 import time
 from pathlib import Path
@@ -105,7 +106,7 @@ def report_card(model:BantamForCausalLM, # The chat model
     card["exact_answers"] |= tales["exact_answers"]
     return dict(wall_seconds=round(seconds, 1), peak_memory_mb=round(peak_memory()/1e6), tokens_per_second=round(first["tokens_per_second"]), peak_share=round(first["mfu"], 4),
                 bits_per_byte={k: round(b, 4) for k,b in bits.items()}, **card, **{k: known[k] for k in ("precision", "steps", "sft_steps")},
-                parameters=model.num_parameters(), interrupted=known["starts"] > 1)
+                parameters=model.num_parameters(), wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), interrupted=known["starts"] > 1)
 
 # %% ../nbs/98_demo.ipynb #6e3c2ece
 def demo(out="runs/demo", # Everything that is made

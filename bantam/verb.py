@@ -77,6 +77,7 @@ def verb(f # A function whose parameters are the options
     ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     run.__signature__,run.__annotations__ = inspect.Signature([ctx, *options]),{o.name: o.annotation for o in [ctx, *options]}
     run.paths = {p.name for p in own.values() if "Path" in str(p.annotation)}
+    app.registered_commands[:] = [c for c in app.registered_commands if c.name != name] # defined again: the new one holds
     app.command(name, help=inspect.getdoc(f))(run)
     return f
 

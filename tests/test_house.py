@@ -283,9 +283,8 @@ def test_readme_is_the_index(tmp_path):
 def test_config_loads(path):
     from bantam.args import SFTArgs, TrainingArgs
     from bantam.config import BantamConfig, load_settings
-    if path.parent.name == "models": return BantamConfig.from_yaml(path)
-    TrainingArgs.from_yaml(path)
-    if "sft_args" in load_settings(path)[0]: SFTArgs.from_yaml(path)
+    kinds = [BantamConfig] if path.parent.name == "models" else [TrainingArgs, SFTArgs] if "sft_args" in load_settings(path)[0] else [TrainingArgs]
+    for kind in kinds: assert kind.from_yaml(path)
 
 
 def test_there_are_configs_of_both_kinds():

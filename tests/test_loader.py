@@ -174,10 +174,10 @@ def test_a_killed_writer_leaves_old_or_new(tmp_path):
     old, new = hashes(tmp_path/"old"), hashes(tmp_path/"new")
     (tmp_path/"old").rename(tmp_path/"out")
     rng, seen = random.Random(0), set()
-    for _ in range(8):
+    for turn in range(8):
         p = start_writer(tmp_path/"out", 2)
         p.stdout.readline()
-        time.sleep(rng.random()*.3)
+        time.sleep(rng.random() * .02*turn)  # the first at once, then later and later
         p.kill(); p.wait(); p.stdout.close()
         found = hashes(tmp_path/"out")
         assert found in (old, new)

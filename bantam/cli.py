@@ -219,7 +219,7 @@ def terminal()->tuple: # What `chat_loop` reads with and writes with
 # %% ../nbs/99_cli.ipynb #b30023b3
 @verb
 def demo(out:Path=Path("runs/demo"), # Everything that the demo makes
-         corpus:str="offline", # offline, stdlib, shakespeare, chitchat
+         corpus:str|None=None, # offline (the default), stdlib, shakespeare, chitchat
          text:Path|None=None, # Or any text file or folder
          minutes:float|None=None, # How long it may take in all; turned into steps once, by a short measurement
          steps:int|None=None, # Pre-training steps, instead of minutes

@@ -18,9 +18,9 @@ def versions():
     return dict(bantam=__version__, torch=torch.__version__, tokenizers=tokenizers.__version__, python=platform.python_version())
 
 
-def machine():
+def machine(policy):
     names = [l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")] if os.path.exists("/proc/cpuinfo") else [platform.processor()]
-    return dict(cpu=names[0], cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"))
+    return dict(cpu=names[0], cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), wait_policy=policy)
 
 
 def commit():
@@ -43,7 +43,7 @@ def main():
     ratios = {k: round(v, 4) for k, v in ratios.items()}
     met = all(ratios[k] <= t if k in AT_MOST else ratios[k] >= t for k, t in TARGETS.items())
     for k, v in ratios.items(): print(f"{k:32} {v:8.3f}   target {'at most' if k in AT_MOST else 'at least'} {TARGETS[k]}")
-    result = dict(name="demo", ratios=ratios, targets=TARGETS, met=met, machine=machine(), versions=versions(), commit=commit(), summary=s,
+    result = dict(name="demo", ratios=ratios, targets=TARGETS, met=met, machine=machine(s["wait_policy"]), versions=versions(), commit=commit(), summary=s,
                   conversation=json.loads((folder/"conversation.json").read_text()))
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)

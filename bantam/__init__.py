@@ -6,7 +6,8 @@ __version__ = "0.1.0"
 # Public name -> (the module that defines it, rooms that add methods to it). Nothing is loaded before it is asked for.
 _PUBLIC = {
     "BantamError": ("bantam.core",),
-    "BantamConfig": ("bantam.config",),
+    "BantamConfig": ("bantam.config", "bantam.presets"),
+    "LayerConfig": ("bantam.config",),
     "TrainingArgs": ("bantam.args",),
     "SFTArgs": ("bantam.args",),
     "BantamTokenizer": ("bantam.text.tokenizer",),

@@ -12,7 +12,7 @@ from typing import Literal
 
 from fastcore.basics import patch
 
-from .config import apply_overrides, from_section, load_settings, only_sections, positive, strict
+from .settings import apply_overrides, from_section, load_settings, only_sections, positive, strict
 from .core import BantamError
 
 # %% ../nbs/01a_args.ipynb #3e5bd030

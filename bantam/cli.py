@@ -64,7 +64,8 @@ def shape_of(mconf:Path|None, # A model file
              overrides=() # Texts `bantam_config.key=value`
             ): # A function: what the tokenizer knows -> `BantamConfig`
     "The model that was asked for, open for the vocabulary size of the tokenizer."
-    from bantam.config import BantamConfig, apply_overrides
+    from bantam import BantamConfig
+    from bantam.settings import apply_overrides
     if mconf and preset: raise BantamError("--mconf and --preset contradict each other; the file may name a preset itself")
     if mconf: return lambda **known: BantamConfig.from_yaml(mconf, overrides, **known)
     changes = apply_overrides({}, overrides).get("bantam_config", {})
@@ -77,7 +78,7 @@ def training(cls, # `TrainingArgs` or `SFTArgs`
              **typed # Options that win over the file where they are not None
             ): # The arguments, and the overrides that belong to the model
     "Arguments of a run from a file and a command line."
-    from bantam.config import apply_overrides
+    from bantam.settings import apply_overrides
     ours = [o for o in overrides or [] if not o.startswith("bantam_config.")]
     typed = {k: str(v) if isinstance(v, Path) else v for k,v in typed.items() if v is not None}
     if typed.get("resume_from_checkpoint"): ours += [f"training_args.{k}=null" for k in ("finetune_from", "init_from_checkpoint")]

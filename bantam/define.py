@@ -13,7 +13,8 @@ from pathlib import Path
 from fastcore.docments import docments
 
 from .args import SFTArgs, TrainingArgs
-from .config import PRESETS, BantamConfig
+from .config import BantamConfig
+from .presets import PRESETS
 from .core import BantamError, nearest, write_durable
 
 # %% ../nbs/97_define.ipynb #544a71f0
@@ -22,12 +23,13 @@ def key_lines(cls:type, # A settings class
               skip=() # Fields that the file leaves out
              )->list: # Lines of YAML, two spaces in
     "Every field of `cls` with its comment: the decided ones first, the rest behind a `#`."
-    docs = docments(cls)
-    fields = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in skip}
+    docs = {k: v for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c) for k,v in docments(c).items() if v}
+    usual = lambda f: f.default_factory() if f.default is dataclasses.MISSING else f.default
+    fields = {f.name: usual(f) for f in dataclasses.fields(cls) if f.name not in skip}
     rows = [(f"  {k}: {json.dumps(v)}", k) for k,v in decided.items()]
     rows += [(f"  # {k}: {json.dumps(v)}", k) for k,v in fields.items() if k not in decided]
-    width = max(len(text) for text,k in rows if k in decided) + 2
-    return [f"{text:<{width}}# {docs[k]}" if k in fields else text for text,k in rows]
+    width = min(60, max(len(text) for text,k in rows if k in decided))
+    return [f"{text:<{width}}  # {docs[k]}" if k in fields else text for text,k in rows]
 
 # %% ../nbs/97_define.ipynb #01f625a0
 PRETRAIN = dict(dataset="offline", tokenizer="default", out_dir="../../runs/pretrain", seq_len=256, batch_size=8, accum_steps=1, max_steps=500,

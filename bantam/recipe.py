@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from .args import SFTArgs, TrainingArgs
-from .config import BantamConfig, apply_overrides
+from .config import BantamConfig
+from .settings import apply_overrides
 from .core import BantamError, nearest, read_json, write_json
 from .data.loader import BlockDataset, Loader
 from .data.pack import Shards

@@ -32,7 +32,7 @@ def from_file(ctx, # typer's context: knows which options were typed
               overrides:list # `--set`
              )->dict: # The options with those of the file laid in
     "Lay a settings file under the options that were typed."
-    from bantam.config import apply_overrides, load_settings
+    from bantam.settings import apply_overrides, load_settings
     data,lines = load_settings(path) if path else ({}, {})
     data = {k.replace("-", "_"): (path.parent/v if is_path(ctx, k) and isinstance(v, str) else v) for k,v in data.items()}
     for key,value in apply_overrides(data, overrides or []).items():

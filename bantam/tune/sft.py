@@ -10,7 +10,8 @@ from collections import Counter
 
 from ..args import SFTArgs
 from ..core import BantamError, human
-from ..data.loader import Loader, RowDataset, Sample
+from ..data.loader import Loader
+from ..data.rows import RowDataset, Sample
 from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from ..train.checkpoint import newest_checkpoint

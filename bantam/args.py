@@ -19,10 +19,12 @@ from .core import BantamError
 @strict
 class TrainingArgs:
     "Arguments of a training run."
-    dataset:str|list[str]|None=None # Files, folders, or a named corpus to train on
+    dataset:str|list[str]|None=None # Files, folders, a named corpus, or tokens: a shard folder, a `.bin` or `.npy` file
     valid_dataset:str|list[str]|None=None # Held-out documents; None splits them off `dataset`
     valid_fraction:float=0.01 # Share of the documents that is split off
     dataset_text_field:str="text" # Field of a JSONL record that holds the text
+    dataset_dtype:Literal["uint16", "uint32"]|None=None # Width of the ids in a `.bin` file that has no manifest
+    min_sample_token_length:int=8 # Shorter documents are left out when text is encoded
     tokenizer:str|None=None # Folder of a tokenizer, or `default`
     out_dir:str|None=None # The run folder
     init_from_checkpoint:str|None=None # Weights only; the model's shape may differ where tensors still fit
@@ -34,6 +36,11 @@ class TrainingArgs:
     seed:int=0 # Of the weights, the order of the data and every sample
     seq_len:int|None=None # Tokens of a row; None is the model's longest sequence
     document_mask:bool=True # Packed documents do not see each other
+    pack:Literal["blocks", "best_fit"]="blocks" # Rows of running text: blocks of the stream, or whole documents that start at BOS
+    stride:int|None=None # Of blocks: tokens from one row to the next; None is `seq_len`, less makes rows overlap
+    num_workers:int=0 # Threads that make the next batches ahead of time
+    pin_memory:bool=False # Batches lie where a CUDA device can fetch them
+    persistent_workers:bool=False # The threads stay when an epoch ends
     overfit_subset:int|None=None # Use only so many rows, again and again: can it learn them by heart?
     batch_size:int=1 # Rows of a micro-batch
     accum_steps:int=32 # Micro-batches of an optimiser step
@@ -66,14 +73,17 @@ class TrainingArgs:
 @patch
 def check(self:TrainingArgs)->None:
     "Refuse arguments that no run could follow; the message names the field."
-    positive(self, "seq_len", "overfit_subset", "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "log_every_n",
+    positive(self, "seq_len", "stride", "min_sample_token_length", "overfit_subset", "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "log_every_n",
              "eval_batches", "keep_last_k")
-    for n in ("warmup_steps", "eval_every_n", "sample_every_n", "save_every_n", "weight_decay", "grad_clip", "seed"):
+    for n in ("warmup_steps", "eval_every_n", "sample_every_n", "save_every_n", "weight_decay", "grad_clip", "num_workers",
+              "seed"):
         if getattr(self, n) is not None and getattr(self, n) < 0: raise BantamError(f"{n} must be 0 or more, got {getattr(self, n)}")
     for n in ("warmup_frac", "min_lr_ratio"):
         if not 0 <= getattr(self, n) <= 1: raise BantamError(f"{n} must be from 0 to 1, got {getattr(self, n)}")
     for n in ("valid_fraction", "beta1", "beta2", "muon_momentum"):
         if not 0 <= getattr(self, n) < 1: raise BantamError(f"{n} must be from 0 to below 1, got {getattr(self, n)}")
+    if self.persistent_workers and not self.num_workers: raise BantamError("persistent_workers keeps workers, and num_workers is 0; set num_workers")
+    if self.stride and self.pack == "best_fit": raise BantamError("stride is for pack: blocks; best-fit rows hold whole documents, leave it out")
     starts = [n for n in ("init_from_checkpoint", "finetune_from", "resume_from_checkpoint") if getattr(self, n)]
     if len(starts) > 1: raise BantamError(f"{' and '.join(starts)} contradict each other; a run has one beginning")
 
@@ -81,6 +91,11 @@ def check(self:TrainingArgs)->None:
 def peak_lr(self:TrainingArgs)->float: # Learning rate at the end of the warm-up
     "`lr`, or the default of this kind of run."
     return 3e-4 if self.lr is None else self.lr
+
+@patch
+def loading(self:TrainingArgs)->dict: # Keywords of `Loader`
+    "How batches are made ready; which ones does not depend on it."
+    return {n: getattr(self, n) for n in ("num_workers", "pin_memory", "persistent_workers")}
 
 # %% ../nbs/01a_args.ipynb #1229ee6e
 @strict

@@ -24,9 +24,9 @@ def define(out:Path=Path("configs"), # Folder that gets models/ and training/
 
 # %% ../nbs/99_cli.ipynb #7dec4285
 @verb
-def trainbpe(input:list[Path], # Files or folders of text (.txt, .jsonl); may be repeated
+def trainbpe(input:list[Path], # Files or folders (.txt, .jsonl, .json, .parquet; also .gz, .zst); may be repeated
              out:Path, # Folder of the tokenizer
-             text_field:str="text", # Field of a JSONL record that holds the text
+             text_field:str="text", # Field of a record that holds the text
              vocab_size:int=16384, # Number of ids, control tokens included
              min_frequency:int=2, # A pair that is rarer is not merged
              lowercase:bool=False, # Lowercase everything; not for code
@@ -34,16 +34,18 @@ def trainbpe(input:list[Path], # Files or folders of text (.txt, .jsonl); may be
              regex_symbols:bool=False, # Each ASCII symbol is a token of its own
              digit_group_size:int=2, # Digits of a number are cut into groups of this size, from the right
              prefill_numbers_upto:int|None=None, # 0..N are one token each
-             no_regex:bool=False # Split at spaces only, not by GPT-2's pattern
+             no_regex:bool=False, # Split at spaces only, not by GPT-2's pattern
+             on_bad:str="stop", # At a bad record: stop, or skip it and count
+             max_bytes:int|None=None, # Learn from an even sample of so many bytes
+             memory_gb:int=4 # Memory that it may take; what does not fit is left out and counted
             )->None:
     "Learn a byte-level BPE tokenizer from text."
-    from bantam.data.sources import read_records, texts_of
-    from bantam.text.trainbpe import train_bpe
-    tok = train_bpe(texts_of(read_records(input, text_field)), vocab_size=vocab_size, min_frequency=min_frequency, lowercase=lowercase, strip_accents=strip_accents, regex_symbols=regex_symbols,
-                    digit_group_size=digit_group_size, prefill_numbers_upto=prefill_numbers_upto, no_regex=no_regex, progress=True)
-    tok.args |= dict(files=[str(p) for p in input])
-    tok.save(out)
-    print(f"{tok.vocab_size} tokens in {out}")
+    options = {k: v for k,v in locals().items() if k != "memory_gb"}
+    from bantam.vocabulary import make_vocabulary
+    tok = make_vocabulary(**options, memory=memory_gb * 10**9, progress=True)
+    for why,n in tok.args["skipped"].items():
+        if n: print(f"{n} records left out: {why}")
+    print(f"{tok.vocab_size} tokens from {tok.args['records']} records in {out}")
 
 # %% ../nbs/99_cli.ipynb #a50e9aac
 @verb

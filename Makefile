@@ -31,8 +31,16 @@ docs: .venv/.dev
 docs-serve: docs
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 
-bench: .venv/.dev
-	for f in benchmarks/[a-z]*.py; do n=$$(basename $$f .py); $(BIN)/python $$f --json benchmarks/results/$$n.json || exit 1; done
+.bench/.ready: settings.ini setup.py constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv .bench
+	.bench/bin/pip install -q -c constraints.txt -e '.[dev]'
+	.bench/bin/pip install -q -r benchmarks/peers.txt
+	touch $@
+
+bench: .bench/.ready
+	mkdir -p benchmarks/results
+	for f in benchmarks/[a-z]*.py; do n=$$(basename $$f .py); .bench/bin/python $$f --json benchmarks/results/$$n.json || exit 1; done
+	.bench/bin/python benchmarks/train_step.py --shape large --json benchmarks/results/train_step_large.json
 
 readme: .venv/.dev
 	$(BIN)/python tools/readme.py

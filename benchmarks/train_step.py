@@ -1,55 +1,106 @@
-"""One training step beside the same step in `transformers`: forward, backward, clipping, AdamW.
+"""One training step beside the same step in other libraries: forward, backward, clipping, AdamW.
 
-    python benchmarks/train_step.py [--quick] [--json FILE] [--shape small|large] [--precision fp32,bf16]
+    python benchmarks/train_step.py [--quick] [--json FILE] [--shape small|large] [--precision fp32,bf16] [--peers transformers,...] [--compile] [--rounds N]
 
-Every contender lives in a process of its own, because allocator settings and environment belong to a process. The processes take
-turns, a few steps each, so that whatever else the machine does hits all of them alike. Two comparisons:
+Peers: `transformers` (Llama), `litgpt`, `x-transformers`, `transformer-toolkit`; `benchmarks/peers.txt` names what to install. All have the same
+shape, tied embeddings, optimiser settings and initial scale. Every contender lives in a process of its own, because allocator settings and
+environment belong to a process. The processes take turns, a few steps each, so that whatever else the machine does hits all of them alike.
+Two comparisons, each with the fastest peer:
 
-- as shipped: each as its user gets it. bantam sets the C allocator for itself (`tune_allocator`), the peer does not.
-- same environment: the peer's process gets bantam's allocator settings too.
+- as shipped: each as its user gets it. bantam sets the C allocator for itself (`tune_allocator`), the peers do not.
+- same environment: the peers' processes get bantam's allocator settings too.
 
-The wait policy of OpenMP is the machine's default for all of them, and is printed. The last line is one JSON object.
+With `--compile` all of them, bantam too, run under `torch.compile`. The wait policy of OpenMP is the machine's default for all of them, and is
+printed. The last line is one JSON object.
 """
 import argparse, importlib.util, json, os, platform, statistics, subprocess, sys, time
 
 SHAPES = dict(
     small=dict(vocab=4096, width=256, layers=6, heads=8, kv_heads=2, inner=688, length=256, batch=8),
     large=dict(vocab=32000, width=512, layers=8, heads=8, kv_heads=2, inner=1408, length=512, batch=4))
-TARGETS = {"fp32 as shipped": 1.2, "bf16 as shipped": 1.2, "fp32 same environment": 1.05, "bf16 same environment": 1.0}
-CONTENDERS = dict(bantam=("bantam", True), transformers=("transformers", False), transformers_tuned=("transformers", True))
+TARGETS = dict(
+    small={"fp32 as shipped": 1.2, "bf16 as shipped": 1.2, "fp32 same environment": 1.05, "bf16 same environment": 1.0},
+    large={"bf16 as shipped": 1.3, "bf16 same environment": 1.15})
+MEMORY = 0.6 # share of the fastest peer's peak memory at the large shape
+PEERS = {"transformers": "transformers", "litgpt": "litgpt", "x-transformers": "x_transformers", "transformer-toolkit": "transformer_toolkit"}
 
 
-# Inside a contender's process
+# Inside a contender's process. Each builder gives a module and a function from ids (B,T) to the loss of predicting each next id.
+
+def of_bantam(s, bantam_model):
+    return bantam_model, lambda m, ids: m(input_ids=ids, labels=ids).loss
+
+
+def of_transformers(s, _):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=s["vocab"], hidden_size=s["width"], intermediate_size=s["inner"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
+        num_key_value_heads=s["kv_heads"], max_position_embeddings=s["length"], tie_word_embeddings=True, rms_norm_eps=1e-6)), lambda m, ids: m(input_ids=ids, labels=ids).loss
+
+
+def of_litgpt(s, _):
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+    model = GPT(Config(block_size=s["length"], vocab_size=s["vocab"], padded_vocab_size=s["vocab"], n_layer=s["layers"], n_head=s["heads"], n_embd=s["width"], n_query_groups=s["kv_heads"],
+                       rotary_percentage=1., parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=1e-6, mlp_class_name="LLaMAMLP", intermediate_size=s["inner"]))
+    model.lm_head.weight = model.transformer.wte.weight
+    return model, lambda m, ids: chunked_cross_entropy(m(ids[:,:-1]), ids[:,1:])
+
+
+def of_x_transformers(s, _):
+    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+    layers = Decoder(dim=s["width"], depth=s["layers"], heads=s["heads"], attn_dim_head=s["width"]//s["heads"], attn_kv_heads=s["kv_heads"], rotary_pos_emb=True, use_rmsnorm=True, ff_glu=True,
+                     ff_swish=True, ff_mult=s["inner"]/s["width"], ff_no_bias=True, attn_flash=True)
+    return AutoregressiveWrapper(TransformerWrapper(num_tokens=s["vocab"], max_seq_len=s["length"], attn_layers=layers, tie_embedding=True, use_abs_pos_emb=False)), lambda m, ids: m(ids)
+
+
+def of_transformer_toolkit(s, _):
+    import torch.nn.functional as F
+    from transformer_toolkit.model import Transformer, TransformerConfig
+    model = Transformer(TransformerConfig(vocab_size=s["vocab"], dim=s["width"], n_layers=s["layers"], n_heads=s["heads"], max_seq=s["length"], attn="gqa", n_kv_heads=s["kv_heads"], ffn="swiglu",
+                                          hidden_dim=s["inner"], norm="rmsnorm", pos_enc="rope", tie_weights=True))
+    def loss(m, ids):
+        out = m(ids[:,:-1])
+        logits = out[0] if isinstance(out, tuple) else out
+        return F.cross_entropy(logits.flatten(0, 1), ids[:,1:].flatten())
+    return model, loss
+
+
+BUILDERS = {"bantam": of_bantam, "transformers": of_transformers, "litgpt": of_litgpt, "x-transformers": of_x_transformers, "transformer-toolkit": of_transformer_toolkit}
+
 
 def build(kind, s):
-    "A fresh model of shape `s` that returns its loss for `labels`, and the floating point operations of a token."
+    "A fresh model of shape `s`, its loss, and the floating point operations of a token."
     import torch
     torch.manual_seed(0)
     from bantam.config import BantamConfig
     from bantam.model.lm import BantamForCausalLM
+    import bantam.model.account # adds flops_per_token
     config = BantamConfig(vocab_size=s["vocab"], hidden_size=s["width"], intermediate_size=s["inner"], num_hidden_layers=s["layers"],
                           num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], max_position_embeddings=s["length"])
     with torch.device("meta"): flops = BantamForCausalLM(config).flops_per_token(s["length"])
-    if kind == "bantam": return BantamForCausalLM(config).train(), flops
-    from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=s["vocab"], hidden_size=s["width"], intermediate_size=s["inner"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
-        num_key_value_heads=s["kv_heads"], max_position_embeddings=s["length"], tie_word_embeddings=True, rms_norm_eps=1e-6)).train(), flops
+    model,loss = BUILDERS[kind](s, BantamForCausalLM(config) if kind == "bantam" else None)
+    if kind != "bantam":
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() > 1: p.normal_(0, .02)
+    return model.train(), loss, flops
 
 
-def contender(kind, tuned, precision, s):
+def contender(kind, tuned, precision, s, compiled):
     "Answer each line on stdin (a number of steps) with the seconds of each step; an empty line ends it."
     import torch
     from bantam.runtime import autocast, matmul_peak, peak_memory, tune_allocator
     if tuned: tune_allocator()
-    model, flops = build(kind, s)
+    model, loss_of, flops = build(kind, s)
+    run = torch.compile(model) if compiled else model
     opt = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(.9, .95), weight_decay=.1, fused=True)
     ids = torch.randint(s["vocab"], (s["batch"], s["length"]), generator=torch.Generator().manual_seed(0))
     cpu = torch.device("cpu")
 
     def step():
         start = time.perf_counter()
-        with autocast(cpu, precision): loss = model(input_ids=ids, labels=ids).loss
+        with autocast(cpu, precision): loss = loss_of(run, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
@@ -70,9 +121,9 @@ def contender(kind, tuned, precision, s):
 
 class Process:
     "A contender, ready to be asked for steps."
-    def __init__(self, name, precision, shape):
+    def __init__(self, name, precision, shape, compiled):
         self.name, self.times, self.rounds = name, [], []
-        self.process = subprocess.Popen([sys.executable, __file__, "--contender", name, "--precision", precision, "--shape", shape],
+        self.process = subprocess.Popen([sys.executable, __file__, "--contender", name, "--precision", precision, "--shape", shape, *["--compile"]*compiled],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self.answer()
 
@@ -91,9 +142,9 @@ class Process:
         self.process.stdin.write("\n"); self.process.stdin.close(); self.process.wait()
 
 
-def compare(precision, shape, names, rounds, steps):
+def compare(precision, shape, names, rounds, steps, compiled):
     "Let the contenders take turns; one row for each, and the ratios of the rounds of bantam to each peer."
-    runners = [Process(n, precision, shape) for n in names]
+    runners = [Process(n, precision, shape, compiled) for n in names]
     for i in range(rounds):
         for r in runners[i % len(runners):] + runners[:i % len(runners)]: r.steps(steps)
     for r in runners: r.close()
@@ -120,7 +171,7 @@ def machine():
 def versions():
     from importlib.metadata import PackageNotFoundError, version
     found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "torch", "transformers"):
+    for name in ("bantam-lm", "torch", *PEERS):
         try: found[name] = version(name)
         except PackageNotFoundError: pass
     return found
@@ -132,35 +183,58 @@ def main():
     p.add_argument("--json", metavar="FILE", help="write the result, with every row, to FILE")
     p.add_argument("--shape", choices=SHAPES, default="small")
     p.add_argument("--precision", default="fp32,bf16", help="fp32, bf16 or both")
-    p.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    p.add_argument("--peers", default=",".join(PEERS), help="which peers, of " + ", ".join(PEERS))
+    p.add_argument("--compile", action="store_true", help="all of them under torch.compile")
+    p.add_argument("--rounds", type=int, default=12, help="turns of 4 timed steps each")
+    p.add_argument("--contender", help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.contender: return contender(*CONTENDERS[a.contender], a.precision, SHAPES[a.shape])
+    if a.contender:
+        name, _, tuned = a.contender.partition("+")
+        return contender(name, name == "bantam" or tuned == "tuned", a.precision, SHAPES[a.shape], a.compile)
 
     for v in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"): os.environ.pop(v, None)
-    missing = [n for n in ("transformers",) if importlib.util.find_spec(n) is None]
-    names = ["bantam"] + ([] if missing else ["transformers", "transformers_tuned"])
-    rows, ratios, spread = [], {}, {}
+    asked = a.peers.split(",")
+    if unknown := set(asked) - PEERS.keys(): p.error(f"unknown peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    missing = [n for n in asked if importlib.util.find_spec(PEERS[n]) is None]
+    peers = [n for n in asked if n not in missing]
+    names = ["bantam", *peers, *(f"{n}+tuned" for n in peers)]
+    rows, ratios, spread, by_peer = [], {}, {}, {}
     for precision in a.precision.split(","):
-        got, pairs = compare(precision, a.shape, names, *((2, 3) if a.quick else (12, 4)))
+        got, pairs = compare(precision, a.shape, names, *((2, 3) if a.quick else (a.rounds, 4)), a.compile)
         rows += got
-        for name, kind in (("transformers", "as shipped"), ("transformers_tuned", "same environment")):
-            if name in pairs: ratios[key := f"{precision} {kind}"], spread[key] = round(statistics.median(pairs[name]), 3), [round(min(pairs[name]), 3), round(max(pairs[name]), 3)]
+        median = {n: statistics.median(r) for n,r in pairs.items()}
+        by_peer |= {f"{precision} {n}": round(m, 3) for n,m in median.items()}
+        for end, kind in (("", "as shipped"), ("+tuned", "same environment")):
+            group = [n for n in pairs if n.endswith("+tuned") == bool(end)]
+            if not group: continue
+            fastest = min(group, key=median.get)
+            ratios[key := f"{precision} {kind}"] = round(median[fastest], 3)
+            spread[key] = [fastest, round(min(pairs[fastest]), 3), round(max(pairs[fastest]), 3)]
+            if a.shape == "large" and end:
+                memory = {r["name"]: r["memory_mb"] for r in got}
+                ratios[f"{precision} memory"] = round(memory["bantam"]/memory[fastest], 3)
 
     about = machine()
-    print(f"{', '.join(f'{k} {v}' for k, v in SHAPES[a.shape].items())}; {about['processor']}, {about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}\n")
-    print(f"{'':5s} {'contender':19s} {'ms a step':>10s} {'quartiles':>15s} {'steps':>6s} {'tokens/s':>9s} {'of peak':>8s} {'MB':>6s} {'first loss':>11s} {'last':>6s}")
+    print(f"{', '.join(f'{k} {v}' for k, v in SHAPES[a.shape].items())}; {about['processor']}, {about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}{', compiled' if a.compile else ''}\n")
+    print(f"{'':5s} {'contender':26s} {'ms a step':>10s} {'quartiles':>15s} {'steps':>6s} {'tokens/s':>9s} {'of peak':>8s} {'MB':>6s} {'ratio':>6s} {'first loss':>11s} {'last':>6s}")
     for r in rows:
-        print(f"{r['precision']:5s} {r['name']:19s} {r['ms']:10.1f} {r['quartiles'][0]:7.1f}-{r['quartiles'][1]:<7.1f} {r['steps']:6d} {r['tokens_per_second']:9.0f} "
-              f"{r['peak_share']:8.2f} {r['memory_mb']:6.0f} {r['first_loss']:11.3f} {r['last_loss']:6.3f}")
+        ratio = by_peer.get(f"{r['precision']} {r['name']}", 1.)
+        print(f"{r['precision']:5s} {r['name']:26s} {r['ms']:10.1f} {r['quartiles'][0]:7.1f}-{r['quartiles'][1]:<7.1f} {r['steps']:6d} {r['tokens_per_second']:9.0f} "
+              f"{r['peak_share']:8.2f} {r['memory_mb']:6.0f} {ratio:6.2f} {r['first_loss']:11.3f} {r['last_loss']:6.3f}")
     for name in missing: print(f"missing: {name} (not installed, so not compared)")
     print()
-    targets = TARGETS if a.shape == "small" else {}
-    for key, ratio in ratios.items(): print(f"{key:22s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the rounds)" + (f", target {targets[key]}" if key in targets else ""))
-    result = dict(name="train_step" if a.shape == "small" else f"train_step_{a.shape}", ratios=ratios, targets=targets,
-                  met=not missing and all(ratios.get(k, 0) >= t for k, t in targets.items()), machine=about, versions=versions())
+    targets = {} if a.compile else dict(TARGETS[a.shape])
+    if a.compile: targets = {k: t for k,t in TARGETS[a.shape].items() if "same" in k}
+    targets = {k: t for k,t in targets.items() if k.split()[0] in a.precision.split(",")}
+    for key, ratio in ratios.items():
+        if key in spread: print(f"{key:22s} {ratio:.2f} times the fastest peer, {spread[key][0]} ({spread[key][1]:.2f} to {spread[key][2]:.2f} over the rounds)" + (f", target {targets[key]}" if key in targets else ""))
+        else: print(f"{key:22s} {ratio:.2f} of the fastest peer's peak" + (f", target at most {MEMORY}" if key == "bf16 memory" else ""))
+    met = not missing and all(ratios.get(k, 0) >= t for k, t in targets.items()) and ratios.get("bf16 memory", 0) <= MEMORY
+    name = "train_step" + "_large"*(a.shape == "large") + "_compiled"*a.compile
+    result = dict(name=name, ratios=ratios, targets=targets | ({"bf16 memory": MEMORY} if "bf16 memory" in ratios else {}), met=met, machine=about, versions=versions())
     if a.json:
         os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, spread=spread, missing=missing), f, indent=2)
+        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, spread=spread, by_peer=by_peer, missing=missing), f, indent=2)
     print(json.dumps(result))
 
 

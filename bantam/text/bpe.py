@@ -93,6 +93,7 @@ def count_words(texts:Iterable[str], # The corpus, read once
                 size:int=1<<20 # Characters that a process gets at a time, about
                )->Counter: # {word: how often}
     "How often each word occurs, counted exactly in several processes."
+    if workers < 1: raise BantamError(f"workers must be at least 1, got {workers}")
     total = Counter()
     try:
         for found in _counts(loads(texts, size), pattern, workers): total.update(found)

@@ -113,6 +113,10 @@ def check(self:RopeScaling)->None:
     for n in dict(llama3=["factor", "low_freq_factor", "high_freq_factor"], longrope=["short_factor", "long_factor"]).get(self.type, ["factor"]):
         need(getattr(self, n) is not None, f"rope_scaling type {self.type} needs {n}")
     need(self.factor is None or self.factor >= 1, f"rope_scaling factor must be at least 1, got {self.factor}")
+    for high,low,default in (("high_freq_factor", "low_freq_factor", (None, None)), ("beta_fast", "beta_slow", (32, 1))):
+        h,l = (getattr(self, n) or d for n,d in zip((high, low), default))
+        need(h is None or h > l, f"rope_scaling {high} {h} must be above {low} {l}")
+    need(all(x > 0 for x in (*(self.short_factor or ()), *(self.long_factor or ()))), "rope_scaling short_factor and long_factor hold numbers above 0 only")
 
 # %% ../nbs/00c_fields.ipynb #ef105307
 @dataclass(frozen=True, kw_only=True)

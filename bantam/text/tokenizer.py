@@ -198,8 +198,8 @@ def fingerprint(self:BantamTokenizer)->str: # 64 hexadecimal digits
     if "_fingerprint" not in self.__dict__:
         spec = json.loads(self.tok.to_str())
         rules = {k: spec[k] for k in ("normalizer", "pre_tokenizer")}
-        model = {k: spec["model"][k] for k in ("vocab", "merges", "ignore_merges")}
         if self.roles: model = {k: spec[k] for k in ("model", "added_tokens")} | {"roles": self.roles}
+        else: model = {k: spec["model"][k] for k in ("vocab", "merges", "ignore_merges")}
         self._fingerprint = digest({**rules, **model, "control": self.control})
     return self._fingerprint
 

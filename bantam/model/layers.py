@@ -153,6 +153,6 @@ def make_norm(config:BantamConfig, # Reads `norm_type`, `rms_norm_eps`, `hidden_
 
 # %% ../../nbs/3_model/30_layers.ipynb #0795ed51
 def deepnorm(num_layers:int # Blocks, L
-            )->tuple[float,float]: # alpha on the stream; beta on fresh value, output and FFN weights
+            )->tuple[float,float]: # alpha on the stream; beta on fresh value, output, FFN weights
     "$\\alpha = (2L)^{1/4}$ and $\\beta = (8L)^{-1/4}$ for a decoder. Wang et al., 2022."
     return (2*num_layers)**.25, (8*num_layers)**-.25

@@ -36,6 +36,6 @@ class LearnedPositions(Embedding):
         if not torch.compiler.is_compiling() and not positions.is_meta and positions.numel():
             end = int(positions.max())
             if end >= self.num_embeddings: raise BantamError(
-                f"position {end} has no learned vector: max_position_embeddings is {self.num_embeddings}; "
-                "shorten the text, or choose pos_encoding rope, which has no end")
+                f"position {end} has no learned vector: max_position_embeddings is "
+                f"{self.num_embeddings}; shorten the text, or choose pos_encoding rope, which has no end")
         return super().forward(positions)

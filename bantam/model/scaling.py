@@ -30,7 +30,7 @@ def ntk_freq(dim:int, # Features that turn, R
              factor:float # The slowest hand is slowed by it
             )->Tensor: # (R/2,)
     "Speeds of a larger base, which slows hand i by factor^(2i/(R-2)). bloc97, 2023."
-    return inv_freq(dim, theta * factor ** (dim / max(dim-2, 1))) # a single hand is the fastest, and keeps its speed
+    return inv_freq(dim, theta * factor ** (dim / max(dim-2, 1))) # a single hand keeps its speed
 
 # %% ../../nbs/3_model/31a_scaling.ipynb #54669b8b
 def trained_length(s:RopeScaling, # How angles are stretched
@@ -52,10 +52,12 @@ def dynamic_freq(dim:int, # Features that turn, R
 # %% ../../nbs/3_model/31a_scaling.ipynb #4f82f4f1
 def yarn_freq(dim:int, # Features that turn, R
               theta:float, # Base as trained
-              s:RopeScaling, # Reads `factor`, `beta_fast`, `beta_slow`, `truncate` and the trained length
+              s:RopeScaling, # Reads `factor`, the betas, `truncate` and the trained length
               max_positions:int # The model's maximum
              )->Tensor: # (R/2,)
     "Hands with many turns stay, those with few are divided by the factor. Peng et al., 2023."
+    if theta <= 1:
+        raise BantamError(f"rope_scaling type yarn needs a rope_theta above 1, got {theta}")
     freq,n0 = inv_freq(dim, theta),trained_length(s, max_positions)
     hand = lambda turns: dim * math.log(n0 / (2*math.pi*turns)) / (2 * math.log(theta))
     low,high = hand(s.beta_fast or 32),hand(s.beta_slow or 1)
@@ -75,12 +77,13 @@ def attention_factor(s:RopeScaling, # How angles are stretched
     n0 = trained_length(s, max_positions)
     longer = s.factor or max_positions/n0
     if longer <= 1: return 1.
-    return .1*math.log(longer) + 1 if s.type == "yarn" else math.sqrt(1 + math.log(longer)/math.log(n0))
+    if s.type == "yarn": return .1*math.log(longer) + 1
+    return math.sqrt(1 + math.log(longer)/math.log(max(n0, 2)))
 
 # %% ../../nbs/3_model/31a_scaling.ipynb #75845c10
 def llama3_freq(dim:int, # Features that turn, R
                 theta:float, # Base as trained
-                s:RopeScaling, # Reads `factor`, `low_freq_factor`, `high_freq_factor`, the trained length
+                s:RopeScaling, # Reads `factor`, both frequency factors and the trained length
                 max_positions:int # The model's maximum
                )->Tensor: # (R/2,)
     "Short waves stay, long ones are divided by the factor, a mix between. Llama 3.1, 2024."
@@ -99,7 +102,8 @@ def longrope_freq(dim:int, # Features that turn, R
     "A divisor for every hand, from one list or the other. Ding et al., 2024."
     divisors = s.long_factor if length > trained_length(s, max_positions) else s.short_factor
     if len(divisors) != dim//2:
-        raise BantamError(f"rope_scaling short_factor and long_factor need {dim//2} numbers, got {len(divisors)}")
+        raise BantamError(f"rope_scaling short_factor and long_factor need {dim//2} numbers, "
+                          f"got {len(divisors)}")
     return inv_freq(dim, theta) / torch.tensor(divisors, device="cpu")
 
 # %% ../../nbs/3_model/31a_scaling.ipynb #dd398c1c
@@ -108,7 +112,7 @@ def rope_inv_freq(dim:int, # Features that turn, R
                   scaling:dict|None, # Fields of `RopeScaling`; None changes nothing
                   length:int, # Tokens so far; read by `dynamic` and `longrope`
                   max_positions:int # The model's maximum
-                 )->tuple[Tensor,float]: # (R/2,) radians per token; what multiplies queries and keys
+                 )->tuple[Tensor,float]: # (R/2,) radians per token; factor on queries and keys
     "Speeds of the hands under a scaling rule, and its attention factor."
     if scaling is None: return inv_freq(dim, theta), 1.
     s = RopeScaling(**scaling)
@@ -136,7 +140,7 @@ GROWING = ("dynamic", "longrope") # Types whose speeds change with the length
 
 def length_dependent(config:BantamConfig # The shape, as one layer sees it
                     )->bool:
-    "Do angles of old tokens change when new ones come? Then keys are cached before they are turned."
+    "Do angles of old tokens change when new ones come? Then keys are cached un-turned."
     s = config.rope_scaling
     return config.pos_encoding == "rope" and s is not None and s["type"] in GROWING
 
@@ -152,10 +156,11 @@ def scaled_table(positions:Tensor, # (T,) or (B,T) places
     lengths = reached(positions) if grows else None
     if places is not None:
         positions,lengths = (None if t is None else t[...,places] for t in (positions, lengths))
-    if not grows: return angle_table(positions, *rope_inv_freq(dim, theta, scaling, 0, max_positions))
+    speeds = lambda n: rope_inv_freq(dim, theta, scaling, n, max_positions)
+    if not grows: return angle_table(positions, *speeds(0))
     start = scaling.get("original_max_position_embeddings") or max_positions
     some,which = lengths.clamp(min=start).unique(return_inverse=True) # shorter ones are all alike
-    freqs,factors = zip(*(rope_inv_freq(dim, theta, scaling, n, max_positions) for n in some.tolist()))
+    freqs,factors = zip(*map(speeds, some.tolist()))
     return angle_table(positions, torch.stack(freqs).to(positions.device)[which], factors[0])
 
 # %% ../../nbs/3_model/31a_scaling.ipynb #e2294545

@@ -39,6 +39,7 @@ def spoken(record # A `Record`
     if is_text(record): return record.text
     return "\n".join(str(m.get("content", m.get("value", ""))) for m in record.messages if isinstance(m, dict))
 
+# %% ../../nbs/2_data/24b_work.ipynb #b84889c5
 class Job:
     "The work on one group of records; the same in every process."
     def __init__(self,

@@ -121,7 +121,7 @@ class RollingCache(KVCache):
         "Keep more of the first tokens; possible until a token was dropped."
         slots = [s for i,s in self.slots.items() if isinstance(s, RollingSlot) and self.sinks[i if isinstance(i, int) else i[0]] == sinks]
         if any(s.high > s.size for s in slots):
-            raise BantamError(f"a row has {padding} places of padding before its sinks, and tokens were dropped before that was known; read the whole padding in the first pass")
+            raise BantamError(f"a row has {padding} places of padding before its sinks, and tokens were dropped before that was known; give the attention_mask from the first pass on")
         self.padding[sinks] = padding
         for s in slots: s.prefix = sinks + padding
 

@@ -48,7 +48,8 @@ class ZstdFile(io.RawIOBase):
         return n
 
 # %% ../../nbs/2_data/21a_files.ipynb #6e4fd9eb
-UNPACK = {".gz": lambda f: gzip.GzipFile(fileobj=f), ".zst": lambda f: io.BufferedReader(ZstdFile(f))}
+UNPACK = {".gz": lambda f: gzip.GzipFile(fileobj=f),
+          ".zst": lambda f: io.BufferedReader(ZstdFile(f))}
 
 @contextmanager
 def opened(path # A file, perhaps packed
@@ -57,11 +58,14 @@ def opened(path # A file, perhaps packed
     kind = Path(path).suffix.lower()
     try:
         with open(path, "rb") as f: yield UNPACK[kind](f) if kind in UNPACK else f
-    except FileNotFoundError: raise BadRecord(f"{path} does not exist; check the path", "missing") from None
+    except FileNotFoundError:
+        raise BadRecord(f"{path} does not exist; check the path", "missing") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise BadRecord(f"cannot unpack {path}: {e}; it is damaged or no {kind} file, get it again", "damaged archive") from None
+        raise BadRecord(f"cannot unpack {path}: {e}; "
+                        f"it is damaged or no {kind} file", "damaged archive") from None
     except OSError as e:
-        raise BadRecord(f"cannot read {path}: {e.strerror or e}; check its permissions", "cannot be read") from e
+        raise BadRecord(f"cannot read {path}: {e.strerror or e}; "
+                        "check its permissions", "cannot be read") from e
 
 # %% ../../nbs/2_data/21a_files.ipynb #bdf4c5fa
 BOM = b"\xef\xbb\xbf"
@@ -73,7 +77,8 @@ def plain_text(raw:bytes, # A file, or a line of it
     "Bytes as text; what is no text is refused with line and column."
     raw = raw.removeprefix(BOM) if line == 1 else raw
     def place(i): return f"{file}:{line + raw.count(10, 0, i)}"
-    if (zero := raw.find(0)) >= 0: raise BadRecord(f"{place(zero)} has a zero byte: no text; leave it out", "no text")
+    if (zero := raw.find(0)) >= 0:
+        raise BadRecord(f"{place(zero)} has a zero byte: no text; leave it out", "no text")
     try: return raw.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as e: i = e.start
     what = f"(byte {raw[i]:#04x} at column {i - raw.rfind(10, 0, i)})"
@@ -94,7 +99,8 @@ def split_list(file # A `.json` file, perhaps packed
               )->Iterator[tuple]: # Line and what stands there
     "The elements of the list."
     with opened(file) as f: text = plain_text(f.read(), file)
-    if text.strip(): yield from ((int(where.rpartition(":")[2]), value) for where,value in json_list(text, file))
+    for where,value in json_list(text, file) if text.strip() else ():
+        yield int(where.rpartition(":")[2]),value
 
 def split_table(file, # A `.parquet` file, perhaps packed
                 text_field:str="text" # The column to read; where there is none, all are
@@ -104,13 +110,15 @@ def split_table(file, # A `.parquet` file, perhaps packed
     import pyarrow.parquet as pq
     with opened(file) as f:
         try:
-            table = pq.ParquetFile(f if Path(file).suffix == ".parquet" else pa.BufferReader(f.read()))
+            packed = Path(file).suffix.lower() in UNPACK
+            table = pq.ParquetFile(pa.BufferReader(f.read()) if packed else f)
             columns = [text_field] if text_field in table.schema_arrow.names else None
             batches = table.iter_batches(batch_size=1024, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from enumerate(rows, 1)
         except (pa.ArrowException, OSError) as e:
-            raise BadRecord(f"{file} is not parquet: {str(e).splitlines()[0]}; get it again", "damaged archive") from None
+            raise BadRecord(f"{file} is not parquet: {str(e).splitlines()[0]}; "
+                            "get it again", "damaged archive") from None
 
 # %% ../../nbs/2_data/21a_files.ipynb #9f03ff2b
 SPLIT = {".txt": split_text, ".jsonl": split_lines, ".json": split_list, ".parquet": split_table}
@@ -127,13 +135,15 @@ def parse(piece, # What a splitter yields: bytes or fields
          )->Record:
     "One piece of a file as a record."
     where = f"{file}:{n}"
-    if not isinstance(piece, bytes): return as_record(whole(piece, where) if kind_of(file) == ".json" else piece, where, text_field)
+    if kind_of(file) == ".json": piece = whole(piece, where)
+    if not isinstance(piece, bytes): return as_record(piece, where, text_field)
     text = plain_text(piece, file, n)
-    return Record(text, None, where) if kind_of(file) == ".txt" else parse_line(text, where, text_field)
+    if kind_of(file) == ".txt": return Record(text, None, where)
+    return parse_line(text, where, text_field)
 
 def read_file(file:Path, # A file of one of the four kinds
               text_field:str="text", # Which field holds running text
-              account:Account|None=None # Decides whether bad records stop everything, and counts; None stops
+              account:Account|None=None # Counts, and decides over bad records; None stops
              )->Iterator[Record]:
     "The records of one file."
     account = account or Account()
@@ -155,14 +165,16 @@ def list_files(path:Path # A file or a folder
     if not path.exists(): raise BantamError(f"{path} does not exist; check the path")
     if not path.is_dir():
         if kind_of(path) in SPLIT: return [path]
-        tokens = "it holds tokens, not text: see `open_tokens`" if kind_of(path) in (".bin", ".npy") else f"convert it to {KINDS}"
+        tokens = f"convert it to {KINDS}"
+        if kind_of(path) in (".bin", ".npy"): tokens = "it holds tokens: see `open_tokens`"
         raise BantamError(f"{path}: kind '{path.suffix}' is not read; {tokens}")
     def hidden(p): return any(part[0] == "." for part in p.relative_to(path).parts)
     found = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p))
     files = [p for p in found if kind_of(p) in SPLIT]
     others = Counter(p.suffix or "without ending" for p in found if kind_of(p) not in SPLIT)
     rest = ", ".join(f"{n} {kind}" for kind,n in sorted(others.items()))
-    if not files: raise BantamError(f"{path} holds no {KINDS}, only {rest or 'nothing'}; name another")
+    if not files:
+        raise BantamError(f"{path} holds no {KINDS}, only {rest or 'nothing'}; name another")
     if rest: warnings.warn(f"{path}: left out {rest}; only {KINDS} are read", stacklevel=3)
     return files
 

@@ -27,7 +27,8 @@ def pick_split(found, # A dataset, or a dict of them
     "One split of what `load_from_disk` gave."
     if not hasattr(found, "keys"): return found
     if split in found: return found[split]
-    raise BantamError(f"dataset '{name}' has no split '{split}', only {', '.join(found)}; choose one of them")
+    raise BantamError(f"dataset '{name}' has no split '{split}', only {', '.join(found)}; "
+                      "choose one of them")
 
 def open_hub(name:str, # A name on the Hub, or a local folder
              subset:str|None=None, # Which configuration, where there are several
@@ -38,13 +39,19 @@ def open_hub(name:str, # A name on the Hub, or a local folder
     "Open a dataset; what fails is told in one line."
     from datasets import load_dataset, load_from_disk
     saved = any((Path(name)/f).exists() for f in ("state.json", "dataset_dict.json"))
-    if saved and subset: raise BantamError(f"dataset '{name}' was saved to disk and has no subset '{subset}'; leave hf_subset out")
+    if saved and subset:
+        raise BantamError(f"dataset '{name}' was saved to disk and has no subset '{subset}'; "
+                          "leave hf_subset out")
     try:
-        if not saved: return load_dataset(str(name), subset, split=split, streaming=streaming, cache_dir=cache_dir)
+        if not saved:
+            return load_dataset(str(name), subset, split=split, streaming=streaming,
+                                cache_dir=cache_dir)
         rows = pick_split(load_from_disk(str(name)), split, name)
         return rows.to_iterable_dataset() if streaming else rows
     except BantamError: raise
-    except ConnectionError as e: wrong = f"{first_line(e)}; it needs a network or a copy in the cache, the corpora at hand need neither"
+    except ConnectionError as e:
+        wrong = (f"{first_line(e)}; it needs a network or a copy in the cache, "
+                 "the corpora at hand need neither")
     except Exception as e: wrong = f"{first_line(e)}; check name, subset and split"
     raise BantamError(f"dataset '{name}' cannot be opened: {wrong}")
 
@@ -56,7 +63,8 @@ def hub_record(row:dict, # One row
               )->Record:
     "A row as a record."
     known = {k: v for k,v in row.items() if v is not None}
-    if messages_field in known and text_field not in known: known = dict(known, messages=known[messages_field])
+    if messages_field in known and text_field not in known:
+        known["messages"] = known[messages_field]
     return as_record(known, where, text_field)
 
 def guarded(rows:Iterable, # A dataset
@@ -66,7 +74,8 @@ def guarded(rows:Iterable, # A dataset
     n = 0
     try: yield from ((n := n + 1, row) for row in rows)
     except Exception as e:
-        raise BantamError(f"dataset '{name}' broke off after record {n}: {first_line(e)}; check the network or the files and start again") from None
+        raise BantamError(f"dataset '{name}' broke off after record {n}: {first_line(e)}; "
+                          "check the network or the files and start again") from None
 
 def hub_records(name:str, # A name on the Hub, or a local folder
                 subset:str|None=None, # Which configuration, where there are several
@@ -74,7 +83,7 @@ def hub_records(name:str, # A name on the Hub, or a local folder
                 streaming:bool=False, # Row by row, without a copy on the disk?
                 text_field:str="text", # Column of running text
                 messages_field:str="messages", # Column of conversations
-                shuffle_buffer_size:int=0, # 0 keeps the order; a stream is shuffled within so many rows, loaded data as a whole
+                shuffle_buffer_size:int=0, # A stream is shuffled within so many rows; 0: not at all
                 seed:int=0, # Of the shuffle
                 limit:int|None=None, # At most so many rows
                 on_bad:str="stop", # "stop" at a bad record, or "skip" it
@@ -83,7 +92,8 @@ def hub_records(name:str, # A name on the Hub, or a local folder
                )->Iterator[Record]:
     "The records of a dataset."
     account,rows = account or Account(on_bad),open_hub(name, subset, split, streaming, cache_dir)
-    if shuffle_buffer_size: rows = rows.shuffle(seed=seed, **dict(buffer_size=shuffle_buffer_size) if streaming else {})
+    buffer = dict(buffer_size=shuffle_buffer_size) if streaming else {}
+    if shuffle_buffer_size: rows = rows.shuffle(seed=seed, **buffer)
     def records():
         for n,row in islice(guarded(rows, name), limit):
             try: record = hub_record(row, f"{name}:{n}", text_field, messages_field)
@@ -101,11 +111,16 @@ class HubCorpus(NamedTuple):
     about:str # What it is
 
 HUB = dict(
-    fineweb=HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", "text", 100_000, "web pages in English, filtered"),
-    wikipedia=HubCorpus("wikimedia/wikipedia", "20231101.en", "text", 100_000, "articles of the English Wikipedia"),
-    stackexchange=HubCorpus("common-pile/stackexchange", None, "text", 100_000, "questions and answers"),
-    github_code=HubCorpus("codeparrot/codeparrot-clean", None, "content", 50_000, "Python files from GitHub"),
-    tinystories=HubCorpus("roneneldan/TinyStories", None, "text", 500_000, "short stories in simple words"))
+    fineweb=HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", "text", 100_000,
+                      "web pages in English, filtered"),
+    wikipedia=HubCorpus("wikimedia/wikipedia", "20231101.en", "text", 100_000,
+                        "articles of the English Wikipedia"),
+    stackexchange=HubCorpus("common-pile/stackexchange", None, "text", 100_000,
+                            "questions and answers"),
+    github_code=HubCorpus("codeparrot/codeparrot-clean", None, "content", 50_000,
+                          "Python files from GitHub"),
+    tinystories=HubCorpus("roneneldan/TinyStories", None, "text", 500_000,
+                          "short stories in simple words"))
 
 def hub_corpus(name:str, # A key of `HUB`
                limit:int|None=None, # Documents; None takes the limit of the table
@@ -114,4 +129,5 @@ def hub_corpus(name:str, # A key of `HUB`
     "The records of a well-known corpus, streamed."
     if name not in HUB: raise BantamError(f"unknown corpus '{name}'; choose from {', '.join(HUB)}")
     c = HUB[name]
-    return hub_records(c.name, c.subset, streaming=True, text_field=c.text_field, limit=limit or c.limit, **how)
+    return hub_records(c.name, c.subset, streaming=True, text_field=c.text_field,
+                       limit=c.limit if limit is None else limit, **how)

@@ -29,7 +29,8 @@ def texts_of(records:Iterable # Records of any source
     "Every text of every record: running text, what is said in turns, or the strings of its fields."
     for r in records:
         if r.text is not None: yield r.text
-        elif r.messages is not None: yield from (str(m.get("content", m.get("value", ""))) for m in r.messages)
+        elif r.messages is not None:
+            yield from (str(m.get("content", m.get("value", ""))) for m in r.messages)
         else: yield from (v for v in r.data.values() if isinstance(v, str))
 
 def size_of(record:Record # Any record
@@ -53,9 +54,10 @@ ON_BAD = ("stop", "skip")
 class Account:
     "What was read of a source, and what was left out for which reason."
     def __init__(self,
-                 on_bad:str="stop" # "stop" raises at the first bad record, "skip" leaves it out and counts it
+                 on_bad:str="stop" # "stop" raises at a bad record, "skip" counts it and goes on
                 ):
-        if on_bad not in ON_BAD: raise BantamError(f"on_bad must be one of {', '.join(ON_BAD)}, got {on_bad!r}")
+        if on_bad not in ON_BAD:
+            raise BantamError(f"on_bad must be one of {', '.join(ON_BAD)}, got {on_bad!r}")
         self.on_bad,self.records,self.bytes,self.left_out,self.first = on_bad,0,0,Counter(),{}
 
     def bad(self,
@@ -77,7 +79,8 @@ class Account:
 
     def __str__(self):
         rows = [f"{self.records} records read, {human(self.bytes)} bytes"]
-        rows += [f"{n:8} left out: {why}; first: {self.first[why]}" for why,n in sorted(self.left_out.items())]
+        for why,n in sorted(self.left_out.items()):
+            rows.append(f"{n:8} left out: {why}; first: {self.first[why]}")
         return "\n".join(rows)
 
 # %% ../../nbs/2_data/21_records.ipynb #b1fef521
@@ -90,17 +93,20 @@ def as_record(data:dict, # What a line of JSON, or a row of a table, holds
              )->Record:
     "An object as a record: by its text, its messages, or what it has of a prompt."
     if not isinstance(data, dict):
-        raise BadRecord(f"{where} is a {type(data).__name__}, not an object; write it as one", "wrong type")
+        raise BadRecord(f"{where} is a {type(data).__name__}, not an object; "
+                        "write it as one", "wrong type")
     for field,kind in {text_field: str, **FIELDS}.items():
         if field not in data: continue
         value,is_a = data[field],type(data[field]).__name__
         if isinstance(value, kind):
             text,messages = (value, None) if kind is str else (None, value)
             return Record(text, messages, where, data)
-        raise BadRecord(f"{where} field '{field}' is a {is_a}, not a {kind.__name__}; mend it", "wrong type")
+        raise BadRecord(f"{where} field '{field}' is a {is_a}, not a {kind.__name__}; "
+                        "mend it", "wrong type")
     if any(field in data for field in PROMPTS): return Record(None, None, where, data)
     fields = ", ".join(map(str, data)) or "nothing"
-    raise BadRecord(f"{where} has no field '{text_field}', only {fields}; name the one with text", "no field")
+    raise BadRecord(f"{where} has no field '{text_field}', only {fields}; "
+                    "name the one with text", "no field")
 
 # %% ../../nbs/2_data/21_records.ipynb #b75bbf47
 def whole(data, # What was parsed
@@ -131,9 +137,11 @@ def json_list(text:str, # A whole file
              )->Iterator[tuple]: # Place and value of each element
     "The elements of a JSON list, each with the line on which it starts."
     def skip(at): return re.compile(r"[ \t\r\n]*").match(text, at).end()
-    def bad(what): return BadRecord(f"{file}:{text.count(chr(10), 0, at) + 1} {what}; mend the file", "not JSON")
+    def bad(what): return BadRecord(f"{file}:{text.count(chr(10), 0, at) + 1} {what}; "
+                                    "mend the file", "not JSON")
     at,line,counted = skip(0),1,0
-    if text[at:at+1] != "[": raise bad("is no list of records; write [..., ...], or call the file .jsonl")
+    if text[at:at+1] != "[":
+        raise bad("is no list of records; write [..., ...], or call the file .jsonl")
     at = skip(at + 1)
     more = text[at:at+1] != "]"
     while more:

@@ -7,6 +7,7 @@ __all__ = ['CORPORA', 'pieces', 'in_split', 'named_corpus', 'open_source', 'spli
 
 # %% ../../nbs/2_data/21e_sources.ipynb #813bad70
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -24,7 +25,9 @@ def pieces(record:Record, # A text file; a record with fields is one document an
            size:int=4000 # Characters after which a blank line ends a piece
           )->Iterator[Record]: # Together they are the text
     "Cut a long text at blank lines; where none comes, at the line that doubles `size`."
-    if record.text is None or record.data is not None or len(record.text) <= size: yield record; return
+    if record.text is None or record.data is not None or len(record.text) <= size:
+        yield record
+        return
     file,line = record.where.rsplit(":", 1)
     first,held = int(line),""
     for n,s in enumerate(record.text.splitlines(keepends=True), first + 1):
@@ -48,14 +51,15 @@ CORPORA = AT_HAND | {name: partial(hub_corpus, name) for name in HUB}
 def named_corpus(name:str, # One of `CORPORA`
                  split:str="train", # "train" or "valid": one document in ten
                  limit:int|None=None, # At most so many records
-                 account:Account|None=None # Counts what is read of the Hub, and decides over bad records
+                 account:Account|None=None # Counts what is read of the Hub
                 )->Iterator[Record]:
     "The records of a corpus on one side of the split."
     corpus = CORPORA[one_of(name, CORPORA, "corpus")]
     one_of(split, SPLITS, "split")
     if corpus is offline: return islice(offline(split), limit)
-    if name in HUB: return (r for r in corpus(limit, account=account) if in_split(r, split))
-    return islice((r for r in corpus() if in_split(r, split)), limit)
+    if name in HUB: limit = limit or HUB[name].limit // (9 if split == "valid" else 1)
+    records = corpus(sys.maxsize, account=account) if name in HUB else corpus()
+    return islice((r for r in records if in_split(r, split)), limit)
 
 # %% ../../nbs/2_data/21e_sources.ipynb #d21f3644
 def open_source(source:str|Path|list, # A corpus by name, or files and folders
@@ -82,4 +86,6 @@ def split_records(records:Iterable, # Records of files or of a dataset
     n = 0
     for record in (p for r in records for p in pieces(r)):
         if in_split(record, split, share): n += 1; yield record
-    if not n: raise BantamError(f"no document of {source} is on the '{split}' side; add text or change the share")
+    if not n:
+        raise BantamError(f"no document of {source} is on the '{split}' side; "
+                          "add text or change the share")

@@ -21,8 +21,12 @@ def declared(path:Path, # A `.bin` file
     "The width of a raw file: declared by the caller, or by the manifest beside it."
     manifest = path.parent/"manifest.json"
     if dtype is None and manifest.exists(): dtype = read_json(manifest).get("dtype")
-    if dtype is None: raise BantamError(f"{path} does not say how wide its ids are; declare dtype uint16 or uint32")
-    if str(dtype) not in DTYPES: raise BantamError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
+    if dtype is None:
+        raise BantamError(f"{path} does not say how wide its ids are; "
+                          "declare dtype uint16 or uint32")
+    if str(dtype) not in DTYPES:
+        raise BantamError(f"dtype {dtype!r} is not one of "
+                          f"{', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
     return np.dtype(DTYPES[str(dtype)])
 
 def map_raw(path:Path, # A `.bin` file
@@ -31,9 +35,12 @@ def map_raw(path:Path, # A `.bin` file
            )->np.ndarray: # (N,), mapped
     "A raw file as an array; a size that does not fit is refused."
     size = path.stat().st_size - skip_bytes
-    if size <= 0: raise BantamError(f"{path} holds no ids behind {skip_bytes} bytes of header; check the file")
+    if size <= 0:
+        raise BantamError(f"{path} holds no ids behind {skip_bytes} bytes of header; "
+                          "check the file")
     if size % dtype.itemsize:
-        raise BantamError(f"{path} has {size} bytes, no multiple of {dtype.itemsize}: it is cut off, or not {dtype.name}")
+        raise BantamError(f"{path} has {size} bytes, no multiple of {dtype.itemsize}: "
+                          f"it is cut off, or not {dtype.name}")
     return np.memmap(path, dtype, mode="r", offset=skip_bytes)
 
 def map_npy(path:Path, # A `.npy` file
@@ -42,11 +49,14 @@ def map_npy(path:Path, # A `.npy` file
     "A NumPy file as an array of ids."
     try: ids_N = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as e:
-        raise BantamError(f"{path} is no array that can be mapped: {str(e).splitlines()[0]}; save plain ids with numpy.save") from None
+        raise BantamError(f"{path} is no array that can be mapped: {str(e).splitlines()[0]}; "
+                          "save plain ids with numpy.save") from None
     if ids_N.ndim != 1 or ids_N.dtype.kind not in "iu":
-        raise BantamError(f"{path} is {ids_N.dtype} of shape {ids_N.shape}; ids are integers in one dimension, use .reshape(-1)")
+        raise BantamError(f"{path} is {ids_N.dtype} of shape {ids_N.shape}; "
+                          "ids are integers in one dimension, use .reshape(-1)")
     if not len(ids_N): raise BantamError(f"{path} holds no ids; check the file")
-    if dtype and str(dtype) != ids_N.dtype.name: raise BantamError(f"{path} is {ids_N.dtype.name}, not {dtype}; leave dtype out")
+    if dtype and str(dtype) != ids_N.dtype.name:
+        raise BantamError(f"{path} is {ids_N.dtype.name}, not {dtype}; leave dtype out")
     return ids_N
 
 # %% ../../nbs/2_data/21b_tokens.ipynb #32a9339d
@@ -60,19 +70,25 @@ def largest_id(ids_N:np.ndarray, # Mapped ids
     return max(int(b.max()) for b in blocks)
 
 def open_tokens(path, # A `.bin` or `.npy` file of ids
-                dtype:str|None=None, # "uint16" or "uint32": for a raw file that has no manifest beside it
+                dtype:str|None=None, # "uint16" or "uint32": for a raw file without a manifest
                 vocab_size:int|None=None, # Ids must be below it; the whole file is read to see
                 skip_bytes:int=0 # Length of a header to leave out, in a raw file
                )->np.ndarray: # (N,), mapped into memory, read-only
     "A file of token ids, mapped and checked."
     path = Path(path)
     if not path.is_file(): raise BantamError(f"{path} does not exist or is no file; check the path")
-    if path.suffix not in (".bin", ".npy"): raise BantamError(f"{path}: token files end in .bin or .npy; rename it, or read it as text")
-    try: ids_N = map_npy(path, dtype) if path.suffix == ".npy" else map_raw(path, declared(path, dtype), skip_bytes)
-    except OSError as e: raise BantamError(f"cannot read {path}: {e.strerror or e}; check its permissions") from e
-    if skip_bytes and path.suffix == ".npy": raise BantamError(f"{path}: skip_bytes is for raw files; a .npy file knows its header")
+    if path.suffix not in (".bin", ".npy"):
+        raise BantamError(f"{path}: token files end in .bin or .npy; rename it, or read it as text")
+    try:
+        if path.suffix == ".npy": ids_N = map_npy(path, dtype)
+        else: ids_N = map_raw(path, declared(path, dtype), skip_bytes)
+    except OSError as e:
+        raise BantamError(f"cannot read {path}: {e.strerror or e}; check its permissions") from e
+    if skip_bytes and path.suffix == ".npy":
+        raise BantamError(f"{path}: skip_bytes is for raw files; a .npy file knows its header")
     if vocab_size and (top := largest_id(ids_N)) >= vocab_size:
-        raise BantamError(f"{path} holds id {top}, outside the vocabulary of {vocab_size}; another tokenizer made it, or dtype is wrong")
+        raise BantamError(f"{path} holds id {top}, outside the vocabulary of {vocab_size}; "
+                          "another tokenizer made it, or dtype is wrong")
     return ids_N
 
 # %% ../../nbs/2_data/21b_tokens.ipynb #55dfd035
@@ -81,9 +97,13 @@ def token_splits(folder, # Where `train.bin` and `val.bin` lie, or the same as `
                 )->dict: # {"train": ids, "valid": ids or None}
     "Both sides of data that was tokenised and split elsewhere."
     def side(*names):
-        found = [p for n in names for kind in (".bin", ".npy") if (p := Path(folder)/f"{n}{kind}").exists()]
-        if len(found) > 1: raise BantamError(f"{folder} holds {' and '.join(p.name for p in found)}; keep one of them")
+        files = [Path(folder)/f"{n}{kind}" for n in names for kind in (".bin", ".npy")]
+        found = [p for p in files if p.exists()]
+        if len(found) > 1:
+            raise BantamError(f"{folder} holds {' and '.join(p.name for p in found)}; "
+                              "keep one of them")
         return open_tokens(found[0], **how) if found else None
     sides = dict(train=side("train"), valid=side("val", "valid", "validation"))
-    if sides["train"] is None: raise BantamError(f"{folder} holds no train.bin or train.npy; check the path")
+    if sides["train"] is None:
+        raise BantamError(f"{folder} holds no train.bin or train.npy; check the path")
     return sides

@@ -6,13 +6,13 @@ __version__ = "0.1.0"
 # Public name -> (the module that defines it, rooms that add methods to it). Nothing is loaded before it is asked for.
 _PUBLIC = {
     "BantamError": ("bantam.core",),
-    "BantamConfig": ("bantam.config", "bantam.presets"),
+    "BantamConfig": ("bantam.config", "bantam.presets", "bantam.model.account"),
     "LayerConfig": ("bantam.config",),
     "TrainingArgs": ("bantam.args",),
     "SFTArgs": ("bantam.args",),
     "BantamTokenizer": ("bantam.text.tokenizer",),
     "ChatTemplate": ("bantam.text.template",),
-    "BantamForCausalLM": ("bantam.model.lm", "bantam.decode.generate"),
+    "BantamForCausalLM": ("bantam.model.lm", "bantam.model.files", "bantam.model.account", "bantam.decode.generate"),
     "Trainer": ("bantam.train.trainer",),
     "generate": ("bantam.decode.generate",),
     "stream": ("bantam.decode.generate",),

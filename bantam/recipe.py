@@ -19,6 +19,7 @@ from .data.loader import BlockDataset, Loader
 from .data.pack import Shards
 from .data.sources import CORPORA
 from .model.lm import BantamForCausalLM
+import bantam.model.account # adds num_parameters
 from .runtime import autocast, has_bf16, pick_device, seed_everything
 from .text.tokenizer import BantamTokenizer
 from .train.optim import build_optimizer

@@ -123,7 +123,7 @@ class Reader:
         columns_S = torch.arange(self.first, T, device=new.device)
         mask_BS = columns_S >= self.start_B[:, None] if self.ragged else None
         h_BTD = self.model.hidden_states(new, attention_mask=mask_BS, cache=self.cache)
-        return F.linear(h_BTD[:, -1], self.model.head_weight)
+        return self.model.head(h_BTD[:, -1])
 
 # %% ../../nbs/5_decode/51_generate.ipynb #18a9e467
 def _steps(model, ids_BT, start_B, args, stop_ids, stop, tokenizer, u_BT, use_cache):

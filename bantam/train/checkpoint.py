@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from .. import __version__
 from ..args import TrainingArgs
 from ..core import BantamError, digest, new_folder, read_json, sha256_file, sweep, write_durable, write_json
-from ..model.lm import read_tensors
+from ..model.files import read_tensors
 from ..runtime import rng_state, set_rng_state
 
 log = logging.getLogger("bantam")

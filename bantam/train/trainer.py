@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import in_jupyter, patch
 
+import bantam.model.account # adds flops_per_token
 from ..core import BantamError, human, new_folder, read_json, write_durable
 from ..runtime import matmul_peak, peak_memory, pick_device, pick_precision, rng_state, seed_everything, set_rng_state, tune_allocator
 from .checkpoint import checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -94,7 +95,9 @@ def one_step(self:Trainer)->dict: # The step's metrics
     self.step += 1; self.position += len(batches); self.tokens += sum(b.x_BT.numel() for b in batches)
     self.seconds += time.perf_counter() - start
     if not taken: self._skipped(loss, norm)
-    else: self.bad_in_a_row = 0
+    else:
+        self.bad_in_a_row = 0
+        self.model.update_router_bias()
     return dict(step=self.step, epoch=self.epoch, tokens=self.tokens, loss=loss, lr=scale*self.optimizer.lr, grad_l2_norm=norm, skipped=self.skipped)
 
 @patch

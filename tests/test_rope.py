@@ -126,3 +126,12 @@ def test_tables_are_made_once_and_only_where_they_turn():
     assert angles.of(16, config.replace(partial_rotary_factor=.5))[0].shape == (6, 4)
     for kind in ("alibi", "learned", "sinusoidal", "none"): assert angles.of(16, config.replace(pos_encoding=kind)) is None
     assert math.isclose((a[0]**2 + a[1]**2).mean().sqrt(), .1*math.log(2) + 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("s", STAY, ids=lambda s: s["type"] if s else "none")
+def test_a_compiler_sees_one_graph(s):
+    "Rules that do not look at the length are traced whole, and give what they give without a compiler."
+    config = config_of(s)
+    def f(positions): return torch.stack(Angles(positions).of(16, config))
+    torch._dynamo.reset()
+    assert_close(torch.compile(f, backend="eager", fullgraph=True)(torch.arange(30)), f(torch.arange(30)))

@@ -75,8 +75,9 @@ def make_vocabulary(input, # Files and folders
     tok = train_bpe(corpus(files, text_field, accounts), total_bytes=guess_bytes(files), **options)
     bad,kept = Counter(),tok.args["skipped"]
     for a in accounts.values(): bad.update(a.left_out)
-    tok.args |= dict(text_field=text_field, on_bad=on_bad, skipped={**kept, **bad}, files=[
-        dict(file=str(f), records=a.records, bytes=a.bytes, skipped=dict(a.left_out)) for f,a in accounts.items()])
+    used = [dict(file=str(f), records=a.records, bytes=a.bytes, skipped=dict(a.left_out))
+            for f,a in accounts.items()]
+    tok.args |= dict(text_field=text_field, on_bad=on_bad, skipped={**kept, **bad}, files=used)
     tok.args["records"] = sum(a.records for a in accounts.values())
     if out is not None: tok.save(out)
     return tok

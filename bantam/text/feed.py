@@ -51,7 +51,7 @@ def in_sample(max_bytes:int|None, # Bytes to take; None takes everything
 WORD = 7 # bytes that every word counts beside its own
 
 class WordCounter:
-    "How much room the different words of a stream take, from every `stride`-th piece. Source: Heaps, 1978."
+    "The room that the different words of a stream take, from a part of it. Source: Heaps, 1978."
     def __init__(self,
                  pattern:bytes=rb"[A-Za-z\x80-\xff]+", # What counts as a word, in UTF-8
                  stride:int=4, # One piece in so many is counted
@@ -89,7 +89,7 @@ LONG = 1024 # bytes
 def crowded(text:str, # Any text
             width:int=LONG//4 # Characters
            )->bool:
-    "Whether there are `width` characters without a space or line end among them, or 1024 blanks in a row."
+    "Whether `width` characters have no space or line end among them, or 1024 blanks come in a row."
     at = 0
     while at + width <= len(text):
         blank = max(text.rfind(" ", at, at + width), text.rfind("\n", at, at + width))
@@ -108,7 +108,8 @@ def note_long(text:str, # A piece
         long["count"] = long.get("count", 0) + 1
         long["longest"] = max(long.get("longest", 0), len(piece))
         examples = long.setdefault("examples", [])
-        if len(examples) < 3: examples.append(f"record {record}: {piece[:24]}... ({len(piece)} bytes)")
+        if len(examples) == 3: continue
+        examples.append(f"record {record}: {piece[:24]}... ({len(piece)} bytes)")
 
 # %% ../../nbs/1_text/12a_feed.ipynb #c6e592d4
 GB = 10**9
@@ -133,8 +134,9 @@ def feed(texts:Iterable, # Records: a text, or a list of texts
         try: parts = [p for p in map(whole_text, parts) if p]
         except BantamError as e: raise BantamError(f"record {report['records']}: {e}") from None
         size = sum(len(p.encode()) for p in parts)
-        why = "empty" if not parts else "memory" if full else "" if take(size) else "not in the sample"
-        if why: skipped[why] += 1; continue
+        if not parts: skipped["empty"] += 1; continue
+        if full: skipped["memory"] += 1; continue
+        if not take(size): skipped["not in the sample"] += 1; continue
         for text in parts:
             for piece in cut_text(text):
                 words.add(piece)

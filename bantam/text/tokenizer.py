@@ -33,7 +33,7 @@ class BantamTokenizer:
                  tok:Tokenizer, # The Rust tokenizer that does the work
                  args:dict|None=None, # How it was made; saved as `bpe_training_args.json`
                  chat_template:str|None=None, # Jinja text for programs that render by it
-                 roles:dict|None=None # {"eos": token, ...} of a foreign vocabulary; None is one of bantam's
+                 roles:dict|None=None # {"eos": token, ...} where it is foreign; None is bantam's
                 ):
         if roles is None: check_spec(json.loads(tok.to_str()))
         tok.encode_special_tokens = True
@@ -42,9 +42,10 @@ class BantamTokenizer:
         self.control = {t.content: i for i,t in tok.get_added_tokens_decoder().items() if t.special}
         self.bytes_of = byte_table(tok)
         self.vocab_size,self.bare = len(self.bytes_of),starts_bare(tok, self.bytes_of)
-        for name,token in (roles or BASIC).items(): setattr(self, f"{name}_id", tok.token_to_id(token))
-        known = {self.pad_id, self.bos_id, self.eos_id}
-        self.forbidden = {t: i for t,i in self.control.items() if i != self.unk_id or i in known} if roles else {}
+        basic = {n: tok.token_to_id(t) for n,t in (roles or BASIC).items()}
+        self.unk_id,self.pad_id,self.bos_id,self.eos_id = (basic[n] for n in BASIC)
+        unknown = {self.unk_id} - {self.pad_id, self.bos_id, self.eos_id}
+        self.forbidden = {t: i for t,i in self.control.items() if i not in unknown} if roles else {}
         self._bad = frozenset(self.forbidden.values())
         names = sorted(map(re.escape, self.control), key=len, reverse=True)
         self._controls = re.compile("(" + "|".join(names) + ")")
@@ -55,7 +56,9 @@ class BantamTokenizer:
         for token in CONTROL_ID:
             if min(self.encode(token)) < len(CONTROL_ID): refuse(f"text can spell {token}")
 
-    def __reduce__(self): return BantamTokenizer,(self.tok, self.args, self.chat_template, self.roles)
+    def __reduce__(self):
+        return BantamTokenizer,(self.tok, self.args, self.chat_template, self.roles)
+
     def __repr__(self): return f"BantamTokenizer({self.vocab_size} tokens, {self.fingerprint[:8]})"
 
 # %% ../../nbs/1_text/12_tokenizer.ipynb #a80d3e52
@@ -72,8 +75,8 @@ def _safe(self:BantamTokenizer, text, ids):
     if not self._bad.isdisjoint(ids): ids = forge_proof(self.tok, text, self.forbidden)
     if self.unk_id not in self._bad and self.unk_id in ids and not self.__dict__.get("_warned"):
         self._warned = True
-        warnings.warn(f"this vocabulary cannot write all of {text!r:.40}; what it cannot is unknown to it, "
-                      f"id {self.unk_id}. This is said once", stacklevel=3)
+        warnings.warn(f"this vocabulary cannot write all of {text!r:.40}; what it cannot is "
+                      f"unknown to it, id {self.unk_id}. This is said once", stacklevel=3)
     return ids
 
 @patch
@@ -95,10 +98,11 @@ def encode(self:BantamTokenizer,
            allow_special:bool=False # May text that spells a control token become one?
           )->list[int]: # Token ids
     "The ids of `text`."
-    if allow_special and self.roles: ids = self._open.encode(whole_text(text), add_special_tokens=False).ids
+    if not allow_special: ids = self._plain(text)
+    elif self.roles: ids = self._open.encode(whole_text(text), add_special_tokens=False).ids
     else:
-        parts = self._controls.split(whole_text(text)) if allow_special else [text]
-        ids = [i for k,p in enumerate(parts) for i in ([self.control[p]] if k%2 else self._plain(p))]
+        parts = enumerate(self._controls.split(whole_text(text)))
+        ids = [i for k,p in parts for i in ([self.control[p]] if k%2 else self._plain(p))]
     return [self.bos_id]*add_bos + ids + [self.eos_id]*add_eos
 
 # %% ../../nbs/1_text/12_tokenizer.ipynb #57225df5
@@ -148,7 +152,8 @@ def token_bytes(self:BantamTokenizer,
 @patch
 def _piece(self:BantamTokenizer, id, skip_special):
     data = self.token_bytes(id)
-    return data if data or skip_special else (self.tok.id_to_token(id) or f"<|no token {id}|>").encode()
+    if data or skip_special: return data
+    return (self.tok.id_to_token(id) or f"<|no token {id}|>").encode()
 
 @patch
 def decode(self:BantamTokenizer,
@@ -198,7 +203,8 @@ def fingerprint(self:BantamTokenizer)->str: # 64 hexadecimal digits
     if "_fingerprint" not in self.__dict__:
         spec = json.loads(self.tok.to_str())
         rules = {k: spec[k] for k in ("normalizer", "pre_tokenizer")}
-        if self.roles: model = {k: spec[k] for k in ("model", "added_tokens")} | {"roles": self.roles}
+        if self.roles:
+            model = {k: spec[k] for k in ("model", "added_tokens")} | {"roles": self.roles}
         else: model = {k: spec["model"][k] for k in ("vocab", "merges", "ignore_merges")}
         self._fingerprint = digest({**rules, **model, "control": self.control})
     return self._fingerprint
@@ -243,14 +249,17 @@ def from_hf(cls:BantamTokenizer,
            )->BantamTokenizer: # Keeps its own ids
     "A pretrained Hugging Face tokenizer."
     folder = Path(folder)
-    if odd := roles.keys() - BASIC: raise BantamError(f"no role is called {min(odd)!r}; use {', '.join(BASIC)}")
+    if odd := roles.keys() - BASIC:
+        raise BantamError(f"no role is called {min(odd)!r}; use {', '.join(BASIC)}")
     spec,config = folder_spec(folder),folder_config(folder)
     try:
         found = find_roles(Tokenizer.from_str(json.dumps(spec)), config, roles)
-        tok = Tokenizer.from_str(json.dumps(with_control(spec, found, config["chat_template"])))
-        return cls(tok, read_object(folder/"bpe_training_args.json"), config["chat_template"], found)
+        template,args = config["chat_template"],read_object(folder/"bpe_training_args.json")
+        tok = Tokenizer.from_str(json.dumps(with_control(spec, found, template)))
+        return cls(tok, args, template, found)
     except BantamError as e: raise BantamError(f"{folder}: {e}") from None
-    except Exception as e: raise BantamError(f"cannot read {folder/'tokenizer.json'}: {e}; save it again") from e
+    except Exception as e:
+        raise BantamError(f"cannot read {folder/'tokenizer.json'}: {e}; save it again") from e
 
 # %% ../../nbs/1_text/12_tokenizer.ipynb #e5b02c61
 SHIPPED = {"default": files("bantam.text")/"default"}
@@ -259,16 +268,18 @@ SHIPPED = {"default": files("bantam.text")/"default"}
 def load(cls:BantamTokenizer,
          folder_or_name # A folder with a tokenizer, or `"default"`, or `"bytes"`
         )->BantamTokenizer:
-    "Read a tokenizer that `save` or somebody else wrote; `BantamError` names what is missing or wrong."
+    "Read a tokenizer, whoever wrote it; `BantamError` names what is missing or wrong."
     if str(folder_or_name) == "bytes": return cls.byte_level()
     folder = Path(str(SHIPPED.get(str(folder_or_name), folder_or_name)))
     path = folder/"tokenizer.json"
     if not folder.is_dir():
-        raise BantamError(f"there is no folder {folder}; give one with a tokenizer in it, or 'default', or 'bytes'")
+        raise BantamError(f"there is no folder {folder}; give one with a tokenizer in it, "
+                          "or 'default', or 'bytes'")
     if is_foreign(spec := folder_spec(folder)): return cls.from_hf(folder)
     try: tok = Tokenizer.from_str(json.dumps(spec))
     except Exception as e: raise BantamError(f"cannot read {path}: {e}; save it again") from e
-    args,config = (read_object(folder/n) for n in ("bpe_training_args.json", "tokenizer_config.json"))
+    files = "bpe_training_args.json", "tokenizer_config.json"
+    args,config = (read_object(folder/n) for n in files)
     try: return cls(tok, args, config.get("chat_template"))
     except BantamError as e: raise BantamError(f"{path}: {e}") from None
 

@@ -108,12 +108,15 @@ def concerns(report:dict, # From `feed` and `train_bpe`
             )->list[str]: # One sentence each
     "What somebody should know who trusts this vocabulary."
     found,long = [],report["long_pieces"]
-    if report["tokens"] < size: found.append(f"the texts hold only {report['tokens']} of {size} tokens")
-    if long: found.append(f"{long['count']} pieces without a cut are longer than 1 KB, the longest has {long['longest']} "
-                          f"bytes: {'; '.join(long['examples'])}; look whether they belong into this text")
+    if report["tokens"] < size:
+        found.append(f"the texts hold only {report['tokens']} of {size} tokens")
+    if long:
+        found.append(f"{long['count']} pieces without a cut are longer than 1 KB, the longest has "
+                     f"{long['longest']} bytes: {'; '.join(long['examples'])}; look whether they "
+                     "belong into this text")
     if n := report["skipped"]["memory"]:
-        found.append(f"the memory was full after {report['bytes']} bytes and {n} records were left out; give "
-                     f"max_bytes={report['bytes']} for a sample that is spread over all of them")
+        found.append(f"the memory was full after {report['bytes']} bytes and {n} records were left "
+                     f"out; give max_bytes={report['bytes']} for a sample spread over all of them")
     return found
 
 # %% ../../nbs/1_text/14_trainbpe.ipynb #08a6e424
@@ -123,7 +126,8 @@ def reading(pieces:Iterable, # From `feed`
            )->Iterator[str]: # The same pieces
     "Show the progress of a stream where no terminal does."
     file = file or sys.stderr
-    with tqdm(desc="reading", total=total_bytes, unit="B", unit_scale=True, file=file, disable=file.isatty()) as bar:
+    with tqdm(desc="reading", total=total_bytes, unit="B", unit_scale=True, file=file,
+              disable=file.isatty()) as bar:
         for piece in pieces:
             yield piece
             bar.update(len(piece.encode()))
@@ -140,14 +144,16 @@ def train_bpe(texts:Iterable, # Records, each a text or a list of texts; read on
               regex_symbols:bool=False, # Make each of `SYMBOLS` a token of its own?
               no_regex:bool=False, # Cut only at white space and around numbers?
               max_bytes:int|None=None, # Learn from a sample of so many bytes
-              total_bytes:int|None=None, # Bytes of all texts, where known: the sample is spread over them
-              memory:int=4*GB, # Bytes of memory that training may take; the rest of the texts is left out
+              total_bytes:int|None=None, # Bytes of all texts, where known: spreads the sample
+              memory:int=4*GB, # Bytes of memory; what texts do not fit are left out
               progress:bool=False # Show bars while it reads and merges?
              )->BantamTokenizer: # Its `args` say how it was made
     "Learn a byte-level BPE vocabulary. Source: Sennrich, Haddow and Birch, 2016."
-    report = {k: v for k,v in locals().items() if k not in ("texts", "total_bytes", "memory", "progress")}
+    report = {k: v for k,v in locals().items()
+              if k not in ("texts", "total_bytes", "memory", "progress")}
     check_least(vocab_size=(vocab_size, 1), min_frequency=(min_frequency, 1), memory=(memory, GB),
-                digit_group_size=(digit_group_size, 1), max_bytes=(1 if max_bytes is None else max_bytes, 1),
+                max_bytes=(1 if max_bytes is None else max_bytes, 1),
+                digit_group_size=(digit_group_size, 1),
                 prefill_numbers_upto=(prefill_numbers_upto or 0, 0))
     if isinstance(texts, str): raise BantamError("train_bpe takes many texts, got one; use a list")
     vocab = first_vocab(vocab_size, prefill_numbers_upto)
@@ -156,13 +162,15 @@ def train_bpe(texts:Iterable, # Records, each a text or a list of texts; read on
     pattern = split_pattern(digit_group_size, prefill_numbers_upto, regex_symbols, no_regex)
 
     normalizer,cuts = rules(pattern, lowercase, strip_accents, without=known)
-    learner,words = assemble({}, [], normalizer, cuts),WordCounter(rb"\S+") if no_regex else WordCounter()
+    words = WordCounter(rb"\S+") if no_regex else WordCounter()
+    learner = assemble({}, [], normalizer, cuts)
     def cut(text): return [p for p,_ in cuts.pre_tokenize_str(text)]
     stream = feed(texts, report, cut, words, max_bytes, total_bytes, memory)
     learner.train_from_iterator(reading(stream, total_bytes) if progress else stream, BpeTrainer(
         vocab_size=vocab_size - len(CONTROL_TOKENS), min_frequency=min_frequency,
         initial_alphabet=ByteLevel.alphabet(), show_progress=progress))
-    if not report["bytes"]: raise BantamError(f"no text in {report['records']} records; check the input")
+    if not report["bytes"]:
+        raise BantamError(f"no text in {report['records']} records; check the input")
 
     merges = grow(vocab, json.loads(learner.to_str())["model"]["merges"], vocab_size)
     report["tokens"] = len(vocab)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bantam.decode.generate # adds generate
 from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.ship.gguf import from_gguf

@@ -148,7 +148,9 @@ def main():
     about = machine(a.device)
     print(f"vocab {VOCAB}, tokens {TOKENS}, width {WIDTH}; {about.get('gpu', about['processor'])}, {about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}\n")
     print(f"{'':5s} {'allocator':9s} {'contender':11s} {'MB added':>9s} {'ms a step':>10s} {'steps':>6s} {'loss':>8s}")
-    for r in rows: print(f"{r['precision']:5s} {r['allocator']:9s} {r['name']:11s} {f"{r['memory_mb']:.0f}" if r['memory_mb'] else '':>9s} {r['ms']:10.1f} {r['steps']:6d} {r['loss']:8.4f}")
+    for r in rows:
+        added = "" if r["memory_mb"] is None else f"{r['memory_mb']:.0f}"
+        print(f"{r['precision']:5s} {r['allocator']:9s} {r['name']:11s} {added:>9s} {r['ms']:10.1f} {r['steps']:6d} {r['loss']:8.4f}")
     print("\nall logits / bantam:")
     for key, ratio in ratios.items(): print(f"{key:32s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the rounds), target {targets[key]}")
     result = dict(name="loss_memory" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets, met=all(ratios[k] >= t for k, t in targets.items()), machine=about, versions=versions())

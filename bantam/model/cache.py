@@ -34,7 +34,8 @@ def grow(buffer:Tensor|None, # (B,G,room,K), None before the first token
     B,G,_,K = new_BGTK.shape
     if buffer is None: buffer = new_BGTK.new_zeros(B, G, max(need, room), K)
     if buffer.shape[:2] != (B, G) or buffer.shape[3] != K:
-        raise BantamError(f"the cache holds a batch of {buffer.shape[0]}, {buffer.shape[1]} heads of width {buffer.shape[3]}, "
+        b,g,_,k = buffer.shape
+        raise BantamError(f"the cache holds a batch of {b}, {g} heads of width {k}, "
                           f"new tokens have {B}, {G} and {K}; start a new cache")
     if need > buffer.shape[2]:
         old,n = buffer,max(need, 2*buffer.shape[2])
@@ -58,7 +59,8 @@ class Slot:
               )->tuple[Tensor,Tensor]: # Keys and values that the new tokens may look at
         "Append the new tokens."
         past,now = self.length,self.length + k_BGTK.shape[2]
-        self.k,self.v = (grow(b, t, now, self.reserve) for b,t in ((self.k, k_BGTK), (self.v, v_BGTK)))
+        self.k = grow(self.k, k_BGTK, now, self.reserve)
+        self.v = grow(self.v, v_BGTK, now, self.reserve)
         self.k[:,:,past:now],self.v[:,:,past:now] = k_BGTK,v_BGTK
         self.length = now
         return self.k[:,:,:now],self.v[:,:,:now]
@@ -95,10 +97,11 @@ class KVCache:
     def slot(self,
              slot:int|tuple # A layer, or (layer, group)
             )->Slot:
-        "The slot of that name; of a layer in groups, the first stands for all when it comes to lengths."
+        "The slot of that name; of a layer in groups, the first speaks for all."
         layer = slot if isinstance(slot, int) else slot[0]
-        if not 0 <= layer < self.num_layers: raise BantamError(f"the cache has {self.num_layers} layers, there is no layer {layer}")
-        if slot not in self.slots and (layer, 0) in self.slots and slot == layer: slot = (layer, 0)
+        if not 0 <= layer < self.num_layers:
+            raise BantamError(f"the cache has {self.num_layers} layers, there is no layer {layer}")
+        if slot == layer and (layer, 0) in self.slots: slot = (layer, 0)
         if slot not in self.slots: self.slots[slot] = self.new_slot(layer)
         return self.slots[slot]
 
@@ -122,33 +125,38 @@ def update(self:KVCache,
           )->tuple[Tensor,Tensor]: # Keys (B,G,S,K) and values that the new tokens may look at
     "Append the new tokens of one slot."
     if k_BGTK.requires_grad:
-        raise BantamError("a KV cache is for generation and keeps no gradients; call the model under torch.no_grad()")
+        raise BantamError("a KV cache is for generation and keeps no gradients; "
+                          "call the model under torch.no_grad()")
     return self.slot(slot).update(k_BGTK, v_BGTK)
 
 @patch
 def places(self:KVCache,
            slot:int|tuple, # A layer, or (layer, group)
            T:int # Tokens that the next `update` will bring
-          )->Tensor|None: # (S,) absolute place of each key that it will return; None is 0, 1, 2, ...
+          )->Tensor|None: # (S,) absolute place of each key that it returns; None is 0, 1, 2, ...
     "Where the keys of the next `update` stand in the text."
     s = self.slot(slot)
     if (key := s.layout(T)) is None: return None
-    if key not in self.made: self.made = {k: v for k,v in self.made.items() if k[:2] == key[:2]} | {key: s.places(key)}
+    if key not in self.made:
+        self.made = {k: v for k,v in self.made.items() if k[:2] == key[:2]} # of this pass only
+        self.made[key] = s.places(key)
     return self.made[key]
 
 @patch
 def see(self:KVCache,
-        attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding; cached tokens included
+        attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding; cached ones too
         document_ids:Tensor|None=None # (B,S) which document each token belongs to
        )->None:
-    "Told by the model, before each pass, what it knows of the rows. A cache that keeps every token needs none of it."
+    "Told by the model, before each pass, what it knows of the rows; who keeps all need not listen."
 
 @patch
 def crop(self:KVCache,
          length:int # Tokens to keep
         )->None:
     "Forget the last tokens, as if they had never been read."
-    if not 0 <= length <= self.length: raise BantamError(f"cannot crop a cache of {self.length} tokens to {length}")
-    for s in self.slots.values():
-        if not s.keeps(length): raise BantamError(f"cannot crop to {length} tokens: what they looked at was dropped; make the cache with more slack")
+    if not 0 <= length <= self.length:
+        raise BantamError(f"cannot crop a cache of {self.length} tokens to {length}")
+    if not all(s.keeps(length) for s in self.slots.values()):
+        raise BantamError(f"cannot crop to {length} tokens: what the next one sees was dropped; "
+                          "make the cache with more slack")
     for s in self.slots.values(): s.length = length

@@ -27,57 +27,79 @@ class RollingSlot(Slot):
         self.high = 0 # tokens ever seen; `crop` lowers the length only
 
     @property
-    def size(self)->int: return self.prefix + self.ring # Cells of the buffer
+    def size(self)->int: # Cells
+        "Length of the full buffer."
+        return self.prefix + self.ring
 
-    def layout(self, T):
+    def layout(self,
+               T:int # Tokens of the next `update`
+              )->tuple|None: # None: all keys, in order
+        "What the places of the keys follow from."
         past,high = self.length,max(self.high, self.length + T)
-        return None if past == 0 or high <= self.size else (past, T, high, self.prefix, self.ring, self.window)
+        if past == 0 or high <= self.size: return None
+        return past,T,high,self.prefix,self.ring,self.window
 
-    def kept(self)->tuple:
-        "From where to where the last tokens stand that the next query may need."
+    def kept(self)->tuple: # (first, behind the last)
+        "The stretch of last tokens that the next query may need."
         return max(self.prefix, self.length + 1 - self.window),self.length
 
-    def places(self, layout):
-        past,T,high = layout[:3]
-        prefix = torch.arange(self.prefix, device=self.k.device)
-        if T == 1: # the buffer as it is: the last `ring` places, turned round
-            last = high - 1 - self.prefix
-            turned = last - (last - torch.arange(self.ring, device=self.k.device)) % self.ring
-            return torch.cat([prefix, self.prefix + turned])
-        start,stop = self.kept()
-        return torch.cat([prefix[:past], torch.arange(start, max(start, stop), device=self.k.device),
-                          torch.arange(past, past + T, device=self.k.device)])
-
-    def runs(self, a, b)->list: # (place, cell, number) of each
-        "The stretches of cells that belong to places `a` to `b - 1`."
-        out = [(a, a, min(b, self.prefix) - a)] if a < min(b, self.prefix) else []
-        a = max(a, min(b, self.prefix))
-        while a < b:
-            i = (a - self.prefix) % self.ring
-            out.append((a, self.prefix + i, min(b - a, self.ring - i)))
-            a += out[-1][2]
-        return out
-
-    def keeps(self, length): return self.high <= self.size or self.high - self.ring <= max(self.prefix, length + 1 - self.window)
+    def keeps(self,
+              length:int # Tokens that shall be left
+             )->bool:
+        "Does the ring still hold what the text needed when it was `length` tokens long?"
+        oldest = self.high - self.ring
+        return self.high <= self.size or oldest <= max(self.prefix, length + 1 - self.window)
 
 # %% ../../nbs/3_model/33a_caches.ipynb #2a417b5f
+@patch
+def runs(self:RollingSlot,
+         a:int, # First place
+         b:int # Behind the last place
+        )->list: # (place, cell, number) of each
+    "The stretches of cells that belong to places `a` to `b - 1`."
+    out = [(a, a, min(b, self.prefix) - a)] if a < min(b, self.prefix) else []
+    a = max(a, min(b, self.prefix))
+    while a < b:
+        i = (a - self.prefix) % self.ring
+        out.append((a, self.prefix + i, min(b - a, self.ring - i)))
+        a += out[-1][2]
+    return out
+
+@patch
+def places(self:RollingSlot,
+           layout:tuple # What `layout` said
+          )->Tensor: # (S,)
+    "The place of every key that the next `update` will return."
+    (past,T,high),device = layout[:3],self.k.device
+    prefix = torch.arange(self.prefix, device=device)
+    if T == 1: # the buffer as it is
+        last = high - 1 - self.prefix
+        turned = last - (last - torch.arange(self.ring, device=device)) % self.ring
+        return torch.cat([prefix, self.prefix + turned])
+    start,stop = self.kept()
+    recent = torch.arange(start, max(start, stop), device=device)
+    return torch.cat([prefix[:past], recent, torch.arange(past, past + T, device=device)])
+
+# %% ../../nbs/3_model/33a_caches.ipynb #9dec7b53
 @patch
 def update(self:RollingSlot,
            k_BGTK:Tensor, # Keys of the new tokens
            v_BGTK:Tensor # Values of the new tokens
-          )->tuple[Tensor,Tensor]: # Keys and values that the new tokens may look at, in the order of `places`
+          )->tuple[Tensor,Tensor]: # Keys and values to look at, in the order of `places`
     "Append the new tokens, and drop what they push out of the window."
     past,T = self.length,k_BGTK.shape[2]
     now,layout = past + T,self.layout(T)
     need = min(max(now, self.high), self.size)
     several = layout is not None and T > 1
     first = self.runs(0, min(past, self.prefix)) + self.runs(*self.kept())
-    new = self.runs(past, min(now, self.prefix)) + self.runs(max(past, self.prefix, now - self.ring), now)
+    new = self.runs(past, min(now, self.prefix))
+    new += self.runs(max(past, self.prefix, now - self.ring), now)
     out = []
     for name,t in (("k", k_BGTK), ("v", v_BGTK)):
         b = grow(getattr(self, name), t, need, most=self.size)
         setattr(self, name, b)
-        if several: out.append(torch.cat([*(b[:,:,i:i+n] for _,i,n in first), t], 2)) # before they are written over
+        old = [b[:,:,i:i+n] for _,i,n in first]
+        if several: out.append(torch.cat([*old, t], 2)) # before they are written over
         for p,i,n in new: b[:,:,i:i+n] = t[:,:,p-past:p-past+n]
         if not several: out.append(t if past == 0 else b[:,:,:now] if layout is None else b)
     self.length,self.high = now,max(now, self.high)
@@ -94,47 +116,82 @@ class RollingCache(KVCache):
                 ):
         super().__init__(len(windows), reserve)
         sinks = [sinks] * len(windows) if isinstance(sinks, int) else sinks
-        if len(sinks) != len(windows): raise BantamError(f"a cache of {len(windows)} windows needs as many numbers of sinks, got {len(sinks)}")
+        if len(sinks) != len(windows):
+            raise BantamError(f"{len(windows)} windows need as many numbers of sinks, "
+                              f"got {len(sinks)}")
         if min([w for w in windows if w is not None], default=1) < 1 or min([*sinks, slack]) < 0:
-            raise BantamError(f"windows must be at least 1, sinks and slack at least 0; got {windows}, {sinks}, {slack}")
+            raise BantamError("windows must be at least 1, sinks and slack at least 0; "
+                              f"got {windows}, {sinks}, {slack}")
         self.windows,self.sinks,self.slack = windows,sinks,slack
-        self.padding = dict.fromkeys(sinks, 0) # places that padding takes among the first `sinks` real tokens
+        self.padding = dict.fromkeys(sinks, 0) # places of padding before so many real tokens
         self.settled = {0}
 
-    def new_slot(self, layer):
+    def new_slot(self,
+                 layer:int # Whose
+                )->Slot:
+        "A ring for a layer with a window, else a slot that keeps everything."
         window,sinks = self.windows[layer],self.sinks[layer]
         if window is None: return Slot(self.reserve)
-        return RollingSlot(window, sinks + (self.padding[sinks] if sinks else 0), self.slack)
+        return RollingSlot(window, sinks + self.padding[sinks], self.slack)
 
-    def see(self, attention_mask=None, document_ids=None):
-        if document_ids is not None:
-            raise BantamError("a rolling cache cannot keep the sinks of several documents in a row; use the full cache with document_ids")
-        if attention_mask is None: return
-        real = attention_mask.bool()
-        for n in set(self.sinks) - self.settled:
-            count = real.cumsum(1)
-            padding = int((~real & (count < n)).sum(1).max())
-            if (count[:,-1] >= n).all(): self.settled.add(n)
-            if padding > self.padding[n]: self.widen(n, padding)
+# %% ../../nbs/3_model/33a_caches.ipynb #27410923
+@patch
+def see(self:RollingCache,
+        attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding; cached ones too
+        document_ids:Tensor|None=None # (B,S) refused
+       )->None:
+    "Learn how far the sinks of each row stand behind its padding."
+    if document_ids is not None:
+        raise BantamError("a rolling cache cannot keep the sinks of several documents in a row; "
+                          "use the full cache with document_ids")
+    if attention_mask is None: return
+    real = attention_mask.bool()
+    count = real.cumsum(1)
+    for n in set(self.sinks) - self.settled:
+        padding = int((~real & (count < n)).sum(1).max())
+        if (count[:,-1] >= n).all(): self.settled.add(n)
+        if padding > self.padding[n]: self.widen(n, padding)
 
-    def widen(self, sinks, padding):
-        "Keep more of the first tokens; possible until a token was dropped."
-        slots = [s for i,s in self.slots.items() if isinstance(s, RollingSlot) and self.sinks[i if isinstance(i, int) else i[0]] == sinks]
-        if any(s.high > s.size for s in slots):
-            raise BantamError(f"a row has {padding} places of padding before its sinks, and tokens were dropped before that was known; give the attention_mask from the first pass on")
-        self.padding[sinks] = padding
-        for s in slots: s.prefix = sinks + padding
+@patch
+def widen(self:RollingCache,
+          sinks:int, # Slots with so many sinks
+          padding:int # Places of padding before the last of them
+         )->None:
+    "Keep more of the first tokens."
+    layer = lambda i: i if isinstance(i, int) else i[0]
+    slots = [s for i,s in self.slots.items() if self.sinks[layer(i)] == sinks]
+    slots = [s for s in slots if isinstance(s, RollingSlot)]
+    if any(s.high > s.size for s in slots):
+        raise BantamError(f"a row has {padding} places of padding before its sinks, and tokens "
+                          "were dropped before that was known; give the attention_mask "
+                          "from the first pass on")
+    self.padding[sinks] = padding
+    for s in slots: s.prefix = sinks + padding
 
 # %% ../../nbs/3_model/33a_caches.ipynb #5e78671f
 class StaticSlot(Slot):
     "Room for a fixed number of tokens; all of it is returned."
-    def layout(self, T): return None if self.length == 0 else (0, 0, self.reserve)
+    def layout(self,
+               T:int # Tokens of the next `update`
+              )->tuple|None: # None: all keys, in order
+        "Always the same, after the first pass."
+        return None if self.length == 0 else (0, 0, self.reserve)
 
-    def places(self, layout): return torch.arange(self.reserve, device=self.k.device)
+    def places(self,
+               layout:tuple # What `layout` said
+              )->Tensor: # (S,)
+        "A cell is a place."
+        return torch.arange(self.reserve, device=self.k.device)
 
-    def update(self, k_BGTK, v_BGTK):
+    def update(self,
+               k_BGTK:Tensor, # Keys of the new tokens
+               v_BGTK:Tensor # Values of the new tokens
+              )->tuple[Tensor,Tensor]: # The whole buffers, but for the first pass
+        "Append the new tokens."
         past,now = self.length,self.length + k_BGTK.shape[2]
-        if now > self.reserve: raise BantamError(f"the static cache has room for {self.reserve} tokens, {now} were read; make it with more capacity")
+        if now > self.reserve:
+            raise BantamError(f"the static cache has room for {self.reserve} tokens, {now} came; "
+                              "make it with more capacity")
         super().update(k_BGTK, v_BGTK)
         return (k_BGTK,v_BGTK) if past == 0 else (self.k,self.v)
 
@@ -145,22 +202,33 @@ class StaticCache(KVCache):
                  capacity:int # Tokens to make room for; more are refused
                 ):
         super().__init__(num_layers, capacity)
-        if capacity < 1: raise BantamError(f"a static cache needs a capacity of at least 1 token, got {capacity}")
+        if capacity < 1:
+            raise BantamError(f"a static cache needs a capacity of at least 1, got {capacity}")
 
-    def new_slot(self, layer): return StaticSlot(self.reserve)
+    def new_slot(self,
+                 layer:int # Whose
+                )->Slot:
+        "An empty slot of that capacity."
+        return StaticSlot(self.reserve)
 
 # %% ../../nbs/3_model/33a_caches.ipynb #4f9b750e
 def make_cache(config:BantamConfig, # The shape of the model
                kind:str="full", # full, static or rolling
-               capacity:int|None=None, # Tokens to make room for; None: static takes the model's maximum
+               capacity:int|None=None, # Tokens to make room for; None: static takes the maximum
                slack:int=0 # rolling: tokens that `crop` can take back, beyond one
               )->KVCache:
     "An empty cache that fits the model."
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
-    if capacity is not None and capacity < 1: raise BantamError(f"capacity must be at least 1 token, got {capacity}")
-    if slack and kind != "rolling": raise BantamError(f"slack is for rolling caches; a {kind} cache can take back every token")
-    if kind == "full": return KVCache(len(layers), capacity or 0)
-    if kind == "static": return StaticCache(len(layers), capacity or config.max_position_embeddings)
-    if kind != "rolling": raise BantamError(f"unknown kind of cache '{kind}'; there are full, static, rolling")
-    if all(c.window is None for c in layers): raise BantamError("no layer has a window, so a rolling cache would forget nothing; use kind full")
-    return RollingCache([c.window for c in layers], [c.num_attention_sinks if c.window else 0 for c in layers], capacity or 0, slack)
+    L,windows = len(layers),[c.window for c in layers]
+    def must(fits, message):
+        if not fits: raise BantamError(message)
+    must(capacity is None or capacity >= 1, f"capacity must be at least 1 token, got {capacity}")
+    must(kind in ("full", "static", "rolling"),
+         f"unknown kind of cache '{kind}'; there are full, static, rolling")
+    must(kind == "rolling" or not slack,
+         f"slack is for rolling caches; a {kind} cache can take back every token")
+    if kind == "full": return KVCache(L, capacity or 0)
+    if kind == "static": return StaticCache(L, capacity or config.max_position_embeddings)
+    must(any(windows), "no layer has a window: a rolling cache would forget nothing; use kind full")
+    sinks = [c.num_attention_sinks if c.window else 0 for c in layers]
+    return RollingCache(windows, sinks, capacity or 0, slack)

@@ -50,7 +50,8 @@ def score_mod(score:ScoreRule, # How products become scores
               device:torch.device # Where the kernel runs
              )->Callable|None: # (score, row, head, query, key) -> score; None changes nothing
     "A score rule as the kernel asks for it; it has multiplied by the scale."
-    if score.asks and mask is None: raise BantamError("slopes and boosts need tokens; ask for mask(alone=True)")
+    if score.asks and mask is None:
+        raise BantamError("slopes and boosts need tokens; ask for mask(alone=True)")
     if not score.asks and score.softcap is None: return None
     pair = pairs(mask, past)
     slopes = None if score.slopes is None else torch.tensor(score.slopes, device=device)
@@ -104,8 +105,9 @@ def block_mask(mask:Mask|None, # None is plain causal
               ): # A `BlockMask`
     "The blocks of a mask, made when they are asked for the first time."
     from torch.nn.attention.flex_attention import create_block_mask
-    rows = [f.shape[0] for f in (*(mask.q if mask else ()), *(mask.k if mask else ())) if f is not None and f.dim() > 1]
-    make = lambda: create_block_mask(mask_mod(mask, S - T), max(rows, default=None), None, T, S, device=device)
+    known = (*mask.q, *mask.k) if mask else ()
+    B = max((f.shape[0] for f in known if f is not None and f.dim() > 1), default=None)
+    make = lambda: create_block_mask(mask_mod(mask, S - T), B, None, T, S, device=device)
     if mask is None or mask.alike:
         kind = (None, 0) if mask is None else (mask.window, mask.sinks)
         return KEPT.get((T, S, *kind, str(device)), device, make)
@@ -117,9 +119,11 @@ def block_mask(mask:Mask|None, # None is plain causal
 def unfused():
     "PyTorch's plain form of flex attention, without its compiler."
     from torch.nn.attention import flex_attention as module
-    was,module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG,True
+    switch = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    was = getattr(module, switch)
+    setattr(module, switch, True)
     try: yield
-    finally: module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = was
+    finally: setattr(module, switch, was)
 
 @cache
 def compiled()->Callable:
@@ -138,11 +142,13 @@ def flex_attention(q_BHTK:Tensor, # Queries
     from torch.nn.attention import flex_attention as torch_flex
     inputs = (q_BHTK, k_BGSK, v_BGSV)
     if q_BHTK.is_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        raise BantamError("attn_impl flex has no backward pass on a CPU; use auto, sdpa or eager, or torch.no_grad()")
+        raise BantamError("attn_impl flex has no backward pass on a CPU; "
+                          "use auto, sdpa or eager, or torch.no_grad()")
     score = score or ScoreRule(q_BHTK.shape[-1]**-.5)
     (H,T),(G,S),device = q_BHTK.shape[1:3],k_BGSK.shape[1:3],q_BHTK.device
-    how = dict(score_mod=score_mod(score, mask, S - T, device), block_mask=block_mask(mask, T, S, device), scale=score.scale,
-               enable_gqa=H != G, return_aux=torch_flex.AuxRequest(lse=sinks_H is not None))
+    how = dict(score_mod=score_mod(score, mask, S - T, device),
+               block_mask=block_mask(mask, T, S, device), scale=score.scale, enable_gqa=H != G,
+               return_aux=torch_flex.AuxRequest(lse=sinks_H is not None))
     if device.type == "cuda": out,aux = compiled()(*inputs, **how)
     else:
         with unfused(): out,aux = torch_flex.flex_attention(*(t.detach() for t in inputs), **how)

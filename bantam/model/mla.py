@@ -37,19 +37,19 @@ class MLA(nn.Module):
                 ):
         super().__init__()
         check_impl(config)
-        D,H,r,bias = config.hidden_size,config.num_attention_heads,config.kv_lora_rank,config.attention_bias
-        N,R,V,Q = config.qk_nope_head_dim,config.qk_rope_head_dim,config.v_head_dim,config.q_lora_rank
-        self.config,self.layer,self.sizes = config,layer,(H, r, N, R, V)
-        self.dropout,self.impl,self.score = config.attention_dropout,config.attn_impl,score_rule(config, N + R)
+        c,D,H,bias = config,config.hidden_size,config.num_attention_heads,config.attention_bias
+        Q,r,N,R,V = c.q_lora_rank,c.kv_lora_rank,c.qk_nope_head_dim,c.qk_rope_head_dim,c.v_head_dim
+        self.config,self.layer,self.sizes = c,layer,(H, r, N, R, V)
+        self.dropout,self.impl,self.score = c.attention_dropout,c.attn_impl,score_rule(c, N + R)
         if Q:
-            self.q_a_proj,self.q_a_norm = Linear(D, Q, bias),RMSNorm(Q, config.rms_norm_eps)
+            self.q_a_proj,self.q_a_norm = Linear(D, Q, bias),RMSNorm(Q, c.rms_norm_eps)
             self.q_b_proj = Linear(Q, H*(N + R))
         else: self.q_proj = Linear(D, H*(N + R), bias)
-        self.kv_a_proj,self.kv_a_norm = Linear(D, r + R, bias),RMSNorm(r, config.rms_norm_eps)
+        self.kv_a_proj,self.kv_a_norm = Linear(D, r + R, bias),RMSNorm(r, c.rms_norm_eps)
         self.kv_b_proj,self.o_proj = Linear(r, H*(N + V)),Linear(H*V, D, bias)
         (self.q_b_proj if Q else self.q_proj).muon_splits = (N + R,) * H # Muon: each head by itself
         self.kv_a_proj.muon_splits,self.kv_b_proj.muon_splits = (r, R),(N, V) * H
-        self.sinks = nn.Parameter(torch.zeros(H)) if config.learned_sinks else None
+        self.sinks = nn.Parameter(torch.zeros(H)) if c.learned_sinks else None
 
     def forward(self,
                 x_BTD:Tensor, # What the norm gives
@@ -72,7 +72,8 @@ def queries(self:MLA,
            )->tuple[Tensor,Tensor]: # (B,H,T,N) and, turned, (B,H,T,R)
     "Both parts of every head's query."
     H,_,N,R,_ = self.sizes
-    q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD))) if self.config.q_lora_rank else self.q_proj(x_BTD)
+    if self.config.q_lora_rank: q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
+    else: q = self.q_proj(x_BTD)
     nope,rope = q.unflatten(-1, (H, N + R)).split([N, R], -1)
     return nope.transpose(1, 2),rotate(rope, *angles.of(R, self.config)).transpose(1, 2)
 

@@ -34,7 +34,8 @@ def limit_groups(scores_NE:Tensor, # What decides
     "Close all groups but the best `top`. Source: DeepSeek-V2 (`best` 1) and V3 (2), 2024."
     per_NGE = scores_NE.unflatten(-1, (groups, -1))
     worth_NG = per_NGE.topk(min(best, per_NGE.shape[-1]), -1).values.sum(-1)
-    closed_NG = torch.ones_like(worth_NG, dtype=torch.bool).scatter(-1, worth_NG.topk(top, -1).indices, False)
+    closed_NG = torch.ones_like(worth_NG, dtype=torch.bool)
+    closed_NG.scatter_(-1, worth_NG.topk(top, -1).indices, False)
     return per_NGE.masked_fill(closed_NG[...,None], -math.inf).flatten(-2)
 
 @torch.no_grad()
@@ -57,7 +58,8 @@ def expert_weights(scores_NE:Tensor, # From `router_scores`
                   )->Tensor: # (N,k)
     "How much each answer counts."
     w_Nk = scores_NE.gather(-1, expert_Nk)
-    return w_Nk / (w_Nk.sum(-1, keepdim=True) + 1e-20) if renormalize else w_Nk # 1e-20: sigmoids can all be 0
+    if not renormalize: return w_Nk
+    return w_Nk / (w_Nk.sum(-1, keepdim=True) + 1e-20) # Sigmoids can all be 0
 
 # %% ../../nbs/3_model/37_router.ipynb #f79ab8a6
 def capacity(tokens:int, # In the batch
@@ -65,7 +67,7 @@ def capacity(tokens:int, # In the batch
              factor:float # 1 is an even share
             )->int: # Tokens that an expert takes, per slot
     "Room of an expert. Source: Fedus et al., 2021, equation 3."
-    return max(1, math.ceil(factor * tokens / experts - 1e-9)) # 1.1 * 100 / 10 is a hair above 11 in floats
+    return max(1, math.ceil(factor * tokens / experts - 1e-9)) # 1.1 * 100 / 10 is a hair above 11
 
 def queue_places(key_M:Tensor, # Which queue each one joins, in the order in which they come
                  queues:int # How many there are
@@ -82,9 +84,9 @@ def within_capacity(expert_Nk:Tensor, # Choices, slot by slot
                     policy:str="first" # Who comes first: in order, or at `random`
                    )->Tensor: # (N,k) bool: there is room
     "Who finds room."
-    N,k = expert_Nk.shape
-    order_N = torch.randperm(N, device=expert_Nk.device) if policy == "random" else torch.arange(N, device=expert_Nk.device)
-    key_Nk = expert_Nk[order_N] + experts*torch.arange(k, device=expert_Nk.device)
+    (N,k),device = expert_Nk.shape,expert_Nk.device
+    order_N = (torch.randperm if policy == "random" else torch.arange)(N, device=device)
+    key_Nk = expert_Nk[order_N] + experts*torch.arange(k, device=device)
     fits_M = queue_places(key_Nk.flatten(), experts*k) < room
     return torch.empty_like(expert_Nk, dtype=torch.bool).index_copy_(0, order_N, fits_M.view(N, k))
 
@@ -111,7 +113,7 @@ def balance_loss(importance_E:Tensor, # Mean share in the scores
     "E x sum(importance x load). Source: Fedus et al., 2021, equation 4."
     return len(load_E) * (importance_E * load_E.detach()).sum()
 
-def router_z_loss(logits_NE:Tensor # Any float type
+def router_z_loss(logits_NE:Tensor # (...,E), any float type
                  )->Tensor: # A scalar
     "Mean squared logsumexp. Source: Zoph et al., ST-MoE, 2022, equation 5."
     return logits_NE.float().logsumexp(-1).square().mean()
@@ -134,13 +136,14 @@ def route_tokens(scores_NE:Tensor, # From `router_scores`
                  bias_E:Tensor|None # Added for the choice
                 )->tuple: # `(Route, load_E, dropped)`
     "Every token chooses experts."
-    (N,E),k = scores_NE.shape,slots(c)
-    expert_Nk = choose_experts(scores_NE, k, c.moe_groups, c.moe_top_groups, 1 if c.moe_score == "softmax" else 2, bias_E)
+    (N,E),k,best = scores_NE.shape,slots(c),1 if c.moe_score == "softmax" else 2
+    expert_Nk = choose_experts(scores_NE, k, c.moe_groups, c.moe_top_groups, best, bias_E)
     w_Nk = expert_weights(scores_NE, expert_Nk, c.moe_renormalize and c.expert_type != "switch")
     token_Nk = torch.arange(N, device=scores_NE.device)[:,None].expand(N, k)
     load_E,dropped = expert_Nk.flatten().bincount(minlength=E) / (N*k),scores_NE.new_zeros(())
     visits = [token_Nk.flatten(), expert_Nk.flatten(), w_Nk.flatten()]
-    if training and c.moe_capacity_factor is not None and (room := capacity(N, E, c.moe_capacity_factor)) < N:
+    room = capacity(N, E, c.moe_capacity_factor) if training and c.moe_capacity_factor else N
+    if room < N:
         fits_M = within_capacity(expert_Nk, E, room, c.moe_drop_policy).flatten()
         visits,dropped = [v[fits_M] for v in visits],1 - fits_M.float().mean()
     return Route(*visits),load_E,dropped
@@ -156,7 +159,8 @@ def route_experts(scores_BTE:Tensor, # From `router_scores`
     w_BEC = scores_BTE.mT.gather(-1, token_BEC)
     token_BEC = token_BEC + T*torch.arange(B, device=scores_BTE.device)[:,None,None]
     expert_BEC = torch.arange(E, device=scores_BTE.device)[None,:,None].expand_as(token_BEC)
-    return Route(token_BEC.flatten(), expert_BEC.flatten(), w_BEC.flatten()),scores_BTE.new_full((E,), 1/E),scores_BTE.new_zeros(())
+    visits = Route(token_BEC.flatten(), expert_BEC.flatten(), w_BEC.flatten())
+    return visits,scores_BTE.new_full((E,), 1/E),scores_BTE.new_zeros(())
 
 def route_all(scores_NE:Tensor, # From `router_scores`
               c:BantamConfig # Of the layer
@@ -166,7 +170,8 @@ def route_all(scores_NE:Tensor, # From `router_scores`
     share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
     pair_M = torch.arange(N*E, device=scores_NE.device)
     w_NE = share_NE if c.moe_renormalize else scores_NE
-    return Route(pair_M // E, pair_M % E, w_NE.flatten()),share_NE.detach().mean(0),scores_NE.new_zeros(())
+    visits = Route(pair_M // E, pair_M % E, w_NE.flatten())
+    return visits,share_NE.detach().mean(0),scores_NE.new_zeros(())
 
 def route(logits_BTE:Tensor, # What the router's matrix gives
           config:BantamConfig, # Of the layer
@@ -176,12 +181,14 @@ def route(logits_BTE:Tensor, # What the router's matrix gives
     "From logits to visits, for every `expert_type`."
     scores_BTE = router_scores(logits_BTE, config.moe_score)
     scores_NE,kind = scores_BTE.flatten(0, 1),config.expert_type
-    if kind == "dense": raise BantamError("expert_type dense has no router; use dense_moe, switch, topk, expert_choice or shared")
+    if kind == "dense":
+        raise BantamError("expert_type dense has no router; use another one, such as topk")
     if kind == "dense_moe": visits,load_E,dropped = route_all(scores_NE, config)
     elif kind == "expert_choice": visits,load_E,dropped = route_experts(scores_BTE, config)
     else: visits,load_E,dropped = route_tokens(scores_NE, config, training, bias_E)
     importance_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).mean(0)
-    stats = RouterStats(load_E, importance_E.detach(), balance_loss(importance_E, load_E), router_z_loss(logits_BTE.flatten(0, 1)), dropped)
+    losses = balance_loss(importance_E, load_E),router_z_loss(logits_BTE)
+    stats = RouterStats(load_E, importance_E.detach(), *losses, dropped)
     return visits._replace(weight_M=visits.weight_M * config.moe_routed_scale),stats
 
 # %% ../../nbs/3_model/37_router.ipynb #6f2f0aac

@@ -130,12 +130,12 @@ class FeedForwardFields:
     moe_top_k:int=2 # Experts of a token; `switch` takes one
     moe_num_shared:int=0 # Experts that every token visits; only with `shared`
     moe_intermediate_size:int|None=None # Width inside an expert; None is intermediate_size
-    moe_capacity_factor:float|None=1. # Room of an expert: factor x tokens / experts, per slot, in training; None has no limit
+    moe_capacity_factor:float|None=1. # Room of an expert: factor x tokens / experts, per slot, in training; None has no limit. With `expert_choice`: how many tokens it picks, always
     moe_drop_policy:Literal["first", "random"]="first" # Who keeps the room: the tokens that come first, or a random choice
     moe_router_jitter:float=0. # Router inputs are multiplied by 1 +- this, in training (Fedus et al., 2021)
     moe_router_bias:bool=False # Learned constants on the router's scores
-    moe_score:Literal["softmax", "sigmoid"]="softmax" # Router scores compete, or stand alone (DeepSeek-V3)
-    moe_renormalize:bool=True # Weights of the chosen experts sum to one
+    moe_score:Literal["softmax", "sigmoid"]="softmax" # Router scores compete, or stand alone (DeepSeek-V3, which also ranks groups by their two best experts)
+    moe_renormalize:bool=True # Weights of the chosen experts sum to one; `switch` and `expert_choice` keep the scores as they are
     moe_groups:int=1 # Experts stand in groups, of which a token may enter some (DeepSeek-V2)
     moe_top_groups:int=1 # How many
     moe_routed_scale:float=1. # Multiplies what the routed experts give

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from .core import BantamError
+import bantam.data_verbs # makes `data prepare` and `data preview`
 from .verb import run_cli, show_yaml, verb
 
 # %% ../nbs/99_cli.ipynb #414e466d

@@ -7,6 +7,7 @@ __all__ = ['SECTIONS', 'FREE', 'DataArgs', 'DedupArgs', 'DataPlan']
 
 # %% ../../nbs/2_data/24d_plan.ipynb #92d9b59a
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,7 @@ class DataArgs:
     min_sample_token_length:int=8 # Documents with fewer tokens are left out
     max_shard_tokens:int=2**26 # A shard is closed before it grows past this
     contamination:str|list[str]|None=None # Evaluation texts: documents that hold parts of them are left out
+    score_model:str|None=None # A bantam model that scores documents, where `clean` limits bits per byte
     num_workers:int|None=None # Processes; None is one for each core, 0 works in this one
     delete_raw:bool=False # Delete the files of sources that were read to their end, once the shards are safe
 
@@ -107,7 +109,18 @@ def mixture(self:DataPlan,
     a = self.args
     counts = a.unit == "tokens" or any(s.max_tokens for s in self.sources)
     count = (lambda r: len(encode_record(r, self.tokenizer, self.template))) if counts else None
-    return Mixture(self.sources, a.seed, a.unit, split, a.valid_fraction, count)
+    sources = self.sources if split == "train" else [self.share_of(s) for s in self.sources]
+    return Mixture(sources, a.seed, a.unit, split, a.valid_fraction, count)
+
+@patch
+def share_of(self:DataPlan,
+             source # One of the plan
+            ): # The same for the held-out side
+    "Limits are meant for training; the held-out side gets its share on top of them."
+    f = self.args.valid_fraction
+    limits = {k: getattr(source, k) for k in ("max_documents", "max_bytes", "max_tokens")}
+    held = {k: math.ceil(n*f/(1-f)) for k,n in limits.items() if n}
+    return type(source)(**dataclasses.asdict(source) | held)
 
 @patch
 def work(self:DataPlan,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import BantamConfig
 from ..core import BantamError
 from .cache import KVCache
+from .flex import flex_attention
 from .layers import Linear, RMSNorm
 from .mask import Marks, Mask
 from .rope import rotary_heads, rotate
@@ -132,9 +133,6 @@ def attend(q_BHTK:Tensor, # Queries
     if impl == "tiled": return tiled_attention(*qkv, mask, score, sinks_H)
     if impl == "sdpa": return sdpa_attention(*qkv, mask, score, sinks_H, dropout)
     if impl == "eager": return eager_attention(*qkv, mask, score, sinks_H, dropout)
-    if q_BHTK.is_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in qkv):
-        raise BantamError("attn_impl flex has no backward pass on a CPU; use auto")
-    from bantam.model.flex import flex_attention
     return flex_attention(*qkv, mask, score, sinks_H)
 
 # %% ../../nbs/3_model/34_attention.ipynb #8adfc218

@@ -1,4 +1,5 @@
-"""Caches of every kind in layers of every shape: the pieces, the ring and the padding leave no trace, and memory stays what was promised."""
+"""Caches of every kind in layers of every shape: pieces, ring and padding leave no trace, and
+memory stays what was promised."""
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -17,42 +18,54 @@ from bantam.model.scaling import Angles
 MANY = settings(deadline=None, derandomize=True, database=None)
 GROUPS = [dict(query_heads=2, kv_heads=1, head_dim=8), dict(query_heads=1, kv_heads=1, head_dim=4)]
 KINDS = dict(gqa=dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8),
-             groups=dict(num_attention_heads=3, num_key_value_heads=2, head_dim=8, attention_head_groups=GROUPS),
-             mla=dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8, attn_type="mla", kv_lora_rank=10, qk_rope_head_dim=4),
-             wide=dict(num_attention_heads=2, num_key_value_heads=2, head_dim=4, attn_type="mla", kv_lora_rank=12, q_lora_rank=5, qk_rope_head_dim=4))
+             groups=dict(num_attention_heads=3, num_key_value_heads=2, head_dim=8,
+                         attention_head_groups=GROUPS),
+             mla=dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8, attn_type="mla",
+                      kv_lora_rank=10, qk_rope_head_dim=4),
+             wide=dict(num_attention_heads=2, num_key_value_heads=2, head_dim=4, attn_type="mla",
+                       kv_lora_rank=12, q_lora_rank=5, qk_rope_head_dim=4))
+GROWS = dict(type="dynamic", factor=2., original_max_position_embeddings=8)
 
 
 def layer_of(kind, window, sinks, **kw):
     "A layer and its shape; what has one dimension is not at its neutral start."
-    config = BantamConfig(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, window=window, num_attention_sinks=sinks if window else 0, **KINDS[kind], **kw)
+    config = BantamConfig(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                          window=window, num_attention_sinks=sinks if window else 0,
+                          **KINDS[kind], **kw)
     torch.manual_seed(0)
-    layer = (MLA if config.attn_type == "mla" else GroupedAttention if config.attention_head_groups else Attention)(config.layer(0), 0).eval().requires_grad_(False)
+    made = dict(gqa=Attention, groups=GroupedAttention).get(kind, MLA)
+    layer = made(config.layer(0), 0).eval().requires_grad_(False)
     for p in layer.parameters():
         if p.dim() == 1: p.add_(torch.rand_like(p))
     return layer, config
 
 
-def marks_of(T, S, start): return Marks(T, S - T, None, None if start is None else (torch.arange(S) >= start[:, None]).long())
+def real(S, start): return None if start is None else (torch.arange(S) >= start[:, None]).long()
 
 
-def run(layer, x, T, start, cache=None):
+def run(layer, x, T, start, cache=None, step=None):
     "The outputs of the last `T` tokens of `x`, the others are in the cache."
-    marks = marks_of(T, x.shape[1], start)
-    if cache is not None: cache.see(None if start is None else (torch.arange(x.shape[1]) >= start[:, None]).long())
-    return layer(x[:, x.shape[1] - T:], Angles(marks.positions(), marks.key_positions()), layer_mask(layer.config, marks, cache, 0), cache)
+    S = x.shape[1]
+    marks = Marks(T, S - T, None, real(S, start))
+    if cache is not None: cache.see(real(S, start))
+    angles = Angles(marks.positions(), marks.key_positions())
+    mask = layer_mask(layer.config, marks, cache, 0)
+    return (layer if step is None else step)(x[:, S - T:], angles, mask, cache)
 
 
 @settings(MANY, max_examples=120)
 @given(st.data())
 def test_pieces_leave_no_trace(data):
-    one, number = lambda *xs: data.draw(st.sampled_from(xs)), lambda a, b: data.draw(st.integers(a, b))
+    one = lambda *xs: data.draw(st.sampled_from(xs))
+    number = lambda a, b: data.draw(st.integers(a, b))
     window, sinks, slack = one(None, 1, 3, 8), one(0, 1, 4), one(0, 1, 5)
-    growing = one(None, None, dict(type="dynamic", factor=2., original_max_position_embeddings=8))
-    layer, config = layer_of(one(*KINDS), window, sinks, **dict(learned_sinks=one(False, True), attn_logit_softcapping=one(None, 2.), rope_scaling=growing))
+    how = dict(learned_sinks=one(False, True), attn_logit_softcapping=one(None, 2.))
+    layer, config = layer_of(one(*KINDS), window, sinks, rope_scaling=one(None, None, GROWS), **how)
     S, kind = number(1, 40), one("full", "static", "rolling") if window else one("full", "static")
-    if growing and kind == "static": kind = "full"
     start = torch.tensor([0, number(0, S - 1)]) if one(False, True) else None
-    cache = make_cache(config, kind, one(None, 80) if kind != "static" else 80, slack=slack if kind == "rolling" else 0)
+    rolls = kind == "rolling"
+    capacity = 80 if kind == "static" else one(None, 80)
+    cache = make_cache(config, kind, capacity, slack if rolls else 0)
     gen = torch.Generator().manual_seed(number(0, 9999))
     x, crops = torch.randn(2, S, 16, generator=gen), 0
     while cache.length < S:
@@ -61,22 +74,24 @@ def test_pieces_leave_no_trace(data):
         got = run(layer, x[:, :now], T, start, cache)
         assert cache.length == now and got.isfinite().all()
         want = run(layer, x[:, :now], now, start)[:, now - T:]
-        real = torch.ones(2, T, dtype=torch.bool) if start is None else torch.arange(now - T, now) >= start[:, None]
-        assert_close(got[real], want[real], atol=1e-5, rtol=1e-4)
-        if crops < 3 and now < S and one(False, False, True): # take some back, and go on with another text
-            back = number(0, min(slack + 1, now)) if kind == "rolling" else number(0, now)
+        begin = torch.zeros(2, 1) if start is None else start[:, None]
+        seen = torch.arange(now - T, now) >= begin
+        assert_close(got[seen], want[seen], atol=1e-5, rtol=1e-4)
+        if crops < 3 and now < S and one(False, False, True): # take back, go on with another text
+            back = number(0, min(slack + 1, now) if rolls else now)
             cache.crop(now - back)
             x[:, now - back:] = torch.randn(x[:, now - back:].shape, generator=gen)
             crops += 1
-    if kind == "rolling":
-        pad = 0 if start is None else int(start.max())
-        assert all(s.k.shape[2] <= window + slack + (sinks + pad if sinks else 0) for s in cache.slots.values())
+    if rolls:
+        most = window + slack + (sinks and sinks + (0 if start is None else int(start.max())))
+        assert all(s.k.shape[2] <= most for s in cache.slots.values())
 
 
 def test_twenty_thousand_tokens_in_a_ring():
     "What the ring returns is what the window sees, and no more; places go on."
     W, sinks, B, K = 50, 3, 1, 4
-    cache, gen, first, last = RollingCache([W, None], sinks), torch.Generator().manual_seed(0), [], []
+    cache, first, last = RollingCache([W, None], sinks), [], []
+    gen = torch.Generator().manual_seed(0)
     for p in range(20_000):
         k = torch.randn(B, 1, 1, K, generator=gen)
         (first if p < sinks else last).append((p, k))
@@ -94,7 +109,7 @@ def test_twenty_thousand_tokens_in_a_ring():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_static_cache_compiles_once(kind):
-    "A decoding step is traced for the first token and once more for a growing length; then never again."
+    "A step is traced for the first token, once more for a growing length, then never again."
     layer, config = layer_of(kind, None, 0)
     traced, x = [], torch.randn(1, 30, 16)
     def backend(graph, inputs):
@@ -106,33 +121,30 @@ def test_static_cache_compiles_once(kind):
     run(layer, x[:, :6], 6, None, cache)
     counts = []
     for S in range(7, 31):
-        got = run_with(step, layer, x[:, :S], cache)
+        got = run(layer, x[:, :S], 1, None, cache, step)
         assert_close(got, run(layer, x[:, :S], S, None)[:, -1:], atol=1e-5, rtol=1e-4)
         counts.append(len(traced))
     assert counts[2] == counts[-1], counts
     torch._dynamo.reset()
 
 
-def run_with(step, layer, x, cache):
-    marks = Marks(1, x.shape[1] - 1)
-    return step(x[:, -1:], Angles(marks.positions(), marks.key_positions()), layer_mask(layer.config, marks, cache, 0), cache)
-
-
 def test_padding_may_come_in_pieces_but_not_afterwards():
     layer, config = layer_of("gqa", 4, 2)
-    cache, x, start = make_cache(config, "rolling"), torch.randn(2, 40, 16), torch.tensor([0, 25])
+    cache, late = make_cache(config, "rolling"), make_cache(config, "rolling")
+    x, start = torch.randn(2, 40, 16), torch.tensor([0, 25])
     for S in range(1, 41): # the prefix grows as long as row 1 has not begun
         got = run(layer, x[:, :S], 1, start, cache)
         assert_close(got, run(layer, x[:, :S], S, start)[:, -1:], atol=1e-5, rtol=1e-4)
     assert cache.slots[0].k.shape[2] == 4 + 2 + 25
-    late = make_cache(config, "rolling")
     for S in range(1, 20): run(layer, x[:, :S], 1, None, late)
-    with pytest.raises(BantamError, match="from the first pass on"): run(layer, x[:, :20], 1, start, late)
+    with pytest.raises(BantamError, match="from the first pass on"):
+        run(layer, x[:, :20], 1, start, late)
 
 
 def test_layers_in_groups_have_one_length():
     layer, config = layer_of("groups", None, 0)
     cache, x = KVCache(1), torch.randn(2, 9, 16)
     run(layer, x[:, :5], 5, None, cache)
-    assert sorted(cache.slots) == [(0, 0), (0, 1)] and cache.length == 5 and cache.places(0, 1) is None
+    assert sorted(cache.slots) == [(0, 0), (0, 1)]
+    assert cache.length == 5 and cache.places(0, 1) is None
     with pytest.raises(BantamError, match="no layer 1"): cache.places(1, 1)

@@ -1,4 +1,5 @@
-"""Flex beside the dense definition, for any mask and any rule; what it keeps, what it refuses, and what a compiler sees of it."""
+"""Flex beside the dense definition, for any mask and any rule; what it keeps, what it refuses, and
+what a compiler sees of it."""
 import subprocess
 import sys
 
@@ -30,15 +31,19 @@ def clean():
 @MANY
 @given(st.data())
 def test_flex_is_the_definition(data):
-    one, number = lambda *xs: data.draw(st.sampled_from(xs)), lambda a, b: data.draw(st.integers(a, b))
+    one = lambda *xs: data.draw(st.sampled_from(xs))
+    number = lambda a, b: data.draw(st.integers(a, b))
     B, S, G, R, K, V = number(1, 3), number(1, 40), one(1, 2), one(1, 2, 3), one(4, 8), one(4, 6)
     T, H, gen = number(1, S), G*R, torch.Generator().manual_seed(number(0, 9999))
     said = {}
-    if one(False, True): said["document_ids"] = (torch.rand(B, S, generator=gen) < .1).long().cumsum(-1)
-    if one(False, True): said["attention_mask"] = (torch.arange(S)[None] >= torch.randint(0, S, (B, 1), generator=gen)).long()
+    rand = torch.rand(B, S, generator=gen)
+    if one(False, True): said["document_ids"] = (rand < .1).long().cumsum(-1)
+    first = (rand[:, :1] * S).long()
+    if one(False, True): said["attention_mask"] = (torch.arange(S) >= first).long()
     score = ScoreRule(one(K**-.5, .1), one(None, alibi_slopes(H)), one(0., -2., 3.), one(None, 1.5))
     mask = Marks(T, S - T, **said).mask(one(None, 1, 5, 60), one(0, 1, 4), alone=score.asks)
-    q, k, v = (torch.randn(B, n, t, w, generator=gen) for n, t, w in ((H, T, K), (G, S, K), (G, S, V)))
+    shapes = (H, T, K), (G, S, K), (G, S, V)
+    q, k, v = (torch.randn(B, *shape, generator=gen) for shape in shapes)
     sinks = torch.randn(H, generator=gen) if one(False, True) else None
     want = attend(q, k, v, mask, score, sinks, impl="eager")
     assert_close(flex_attention(q, k, v, mask, score, sinks), want, atol=1e-5, rtol=1e-5)
@@ -48,7 +53,8 @@ def test_flex_is_the_definition(data):
 def test_a_block_mask_is_built_once(monkeypatch):
     from torch.nn.attention import flex_attention as module
     made, real = [], module.create_block_mask
-    monkeypatch.setattr(module, "create_block_mask", lambda *a, **kw: made.append(a[3:5]) or real(*a, **kw))
+    counted = lambda *a, **kw: made.append(a[3:5]) or real(*a, **kw)
+    monkeypatch.setattr(module, "create_block_mask", counted)
     window = lambda T: Marks(T).mask(5, 1) # each forward pass makes its own `Mask`
     for _ in range(3):
         for T in (16, 24): block_mask(window(T), T, T, CPU)
@@ -61,19 +67,21 @@ def test_a_block_mask_is_built_once(monkeypatch):
 def test_cap_and_device_act():
     keep_block_masks(3, "meta")
     for T in range(8, 14):
-        with pytest.raises(NotImplementedError): block_mask(None, T, T, CPU).to_dense() # kept without numbers
-    assert [key[0] for key in KEPT.made] == [11, 12, 13] and {str(m.kv_indices.device) for m in KEPT.made.values()} == {"meta"}
+        with pytest.raises(NotImplementedError): block_mask(None, T, T, CPU) # kept without numbers
+    assert [key[0] for key in KEPT.made] == [11, 12, 13]
+    assert {str(m.kv_indices.device) for m in KEPT.made.values()} == {"meta"}
     with pytest.raises(BantamError, match="block_mask_cache_cap"): keep_block_masks(0)
 
 
 def test_no_backward_on_a_cpu():
     q, k, v = torch.randn(3, 1, 2, 8, 4)
-    with pytest.raises(BantamError, match="no backward pass on a CPU"): flex_attention(q, k, v.requires_grad_())
+    with pytest.raises(BantamError, match="no backward pass on a CPU"):
+        flex_attention(q, k, v.requires_grad_())
     with torch.no_grad(): flex_attention(q, k, v)
 
 
 def test_one_trace_serves_every_pass():
-    "Each forward pass makes new functions; a compiler that looked at more than their code would work again each time."
+    "Each pass makes new functions; a compiler that saw more than their code would work again."
     from torch.nn.attention.flex_attention import flex_attention as kernel
     from bantam.model.flex import mask_mod, score_mod
     traced, rule = [], ScoreRule(.5, alibi_slopes(2), .5, 2.)
@@ -83,10 +91,12 @@ def test_one_trace_serves_every_pass():
     torch._dynamo.reset()
     run = torch.compile(kernel, backend=backend, fullgraph=True)
     for step in range(4):
-        marks = Marks(16, 0, (torch.arange(16)[None] > 3 + step).long(), (torch.arange(16)[None] > step).long())
-        mask = marks.mask(5, 1, alone=True)
+        at = torch.arange(16)[None]
+        mask = Marks(16, 0, (at > 3 + step).long(), (at > step).long()).mask(5, 1, alone=True)
         q, k, v = torch.randn(3, 1, 2, 16, 4)
-        with torch.no_grad(): got = run(q, k, v, score_mod=score_mod(rule, mask, 0, CPU), block_mask=block_mask(mask, 16, 16, CPU), scale=.5)
+        how = dict(score_mod=score_mod(rule, mask, 0, CPU))
+        how["block_mask"] = block_mask(mask, 16, 16, CPU)
+        with torch.no_grad(): got = run(q, k, v, scale=.5, **how)
         assert_close(got, attend(q, k, v, mask, rule, impl="eager"), atol=1e-5, rtol=1e-5)
     assert len(traced) == 1
     torch._dynamo.reset()
@@ -94,6 +104,8 @@ def test_one_trace_serves_every_pass():
 
 def test_import_is_light():
     "The room is imported with the model; PyTorch's flex and its compiler only when it is used."
-    prog = "import torch, sys\nbefore = set(sys.modules)\nimport bantam.model.flex\nprint(*sorted(m for m in set(sys.modules) - before if 'flex_attention' in m or 'dynamo' in m))"
+    prog = ("import torch, sys\nbefore = set(sys.modules)\nimport bantam.model.flex\n"
+            "new = set(sys.modules) - before\n"
+            "print(*sorted(m for m in new if 'flex_attention' in m or 'dynamo' in m))")
     done = subprocess.run([sys.executable, "-c", prog], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr

@@ -93,6 +93,8 @@ def latents(self:MLA,
     places = cache.places(self.layer, x_BTD.shape[1])
     key,_ = cache.update(self.layer, key, key[...,:0])
     if not late: return key
+    last = angles.key_positions.shape[-1] - 1
+    if places is not None: places = places.clamp(max=last) # a static cache has cells not used yet
     c,rope = key.transpose(1, 2).split([r, R], -1)
     return torch.cat([c, rotate(rope, *angles.of_keys(R, self.config, places))], -1).transpose(1, 2)
 

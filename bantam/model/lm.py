@@ -131,6 +131,10 @@ def init_weights(self:BantamForCausalLM)->None:
         elif p.dim() == 1: p.fill_(1.)
         elif p is self.head_weight: p.normal_(0, head_std(c))
         else: p.normal_(0, stream_std(c) if name.endswith(into_stream) else c.initializer_range)
+    if c.norm_placement != "deepnorm": return
+    for block in self.layers: # what feeds the two writers is small as well
+        for name,p in block.ffn.named_parameters():
+            if p.dim() > 1 and "down_proj" not in name and "router" not in name: p *= deepnorm(c.num_hidden_layers)[1]
 
 # %% ../../nbs/3_model/39_lm.ipynb #15cae5ae
 @patch

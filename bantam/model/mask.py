@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rule', 'Tokens', 'visible', 'causal', 'within', 'is_sink', 'same_document', 'not_padding', 'all_of', 'any_of', 'Mask',
-           'full_row', 'starts', 'Marks', 'build_mask', 'build_positions']
+           'full_row', 'starts', 'Marks']
 
 # %% ../../nbs/3_model/32_mask.ipynb #75fff0c3
 from collections.abc import Callable
@@ -197,23 +197,3 @@ def mask(self:Marks,
     made = Mask(all_of(causal, *near, *marked), q, k, window, sinks, begin)
     self.made.append((window, sinks, places, made))
     return made
-
-def build_mask(T:int, # Queries: the last T of the S tokens
-               S:int|None=None, # Keys, cached ones included; None is T
-               window:int|None=None, # Keys that a query sees, itself included; None is all
-               document_ids:Tensor|None=None, # (B,S) which document each token belongs to
-               attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding
-               device:str|torch.device="cpu", # Where the mask shall be
-               sinks:int=0 # First tokens of a document that stay visible
-              )->Mask|None: # None is plain causal
-    "The mask of a single layer."
-    return Marks(T, (S or T) - T, document_ids, attention_mask, device).mask(window, sinks)
-
-def build_positions(T:int, # Queries: the last T of the S tokens
-                    S:int|None=None, # Keys, cached ones included; None is T
-                    document_ids:Tensor|None=None, # (B,S)
-                    attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding
-                    device:str|torch.device="cpu" # Where the positions shall be
-                   )->Tensor: # (T,) or (B,T) integers
-    "How many real tokens of its document stand before each query."
-    return Marks(T, (S or T) - T, document_ids, attention_mask, device).positions()

@@ -106,7 +106,8 @@ def block_mask(mask:Mask|None, # None is plain causal
     "The blocks of a mask, made when they are asked for the first time."
     from torch.nn.attention.flex_attention import create_block_mask
     known = (*mask.q, *mask.k) if mask else ()
-    B = max((f.shape[0] for f in known if f is not None and f.dim() > 1), default=None)
+    rows = [f.shape[0] for f in known if f is not None and f.dim() > 1]
+    B = max(rows) if rows else None
     make = lambda: create_block_mask(mask_mod(mask, S - T), B, None, T, S, device=device)
     if mask is None or mask.alike:
         kind = (None, 0) if mask is None else (mask.window, mask.sinks)

@@ -67,6 +67,19 @@ def test_an_epoch_is_every_sample_once(n, B, W, seed, shuffle, resume):
     assert sorted(x for r in ranks for b in r for x in b) == list(range(n)) # iterating: one epoch, nothing twice
 
 
+@settings(max_examples=40)
+@given(n=st.integers(1, 200), B=st.integers(1, 9), W=st.integers(1, 3), workers=st.sampled_from([1, 4]), keep=st.booleans(), resume=st.integers(0, 30))
+def test_workers_change_nothing(n, B, W, workers, keep, resume):
+    "For any number of ranks and any point to go on from, workers give the batches that one process makes."
+    for r in range(W):
+        alone = Loader(Numbers(n), B, seed=n, rank=r, world_size=W)
+        helped = Loader(Numbers(n), B, seed=n, rank=r, world_size=W, num_workers=workers, persistent_workers=keep)
+        steps = range(resume, resume + 2*len(alone) + 3)
+        assert [helped.batch(i) for i in steps] == [alone.batch(i) for i in steps]
+        assert list(helped) == list(alone)
+        helped.close()
+
+
 def test_long_runs_cross_the_planned_part():
     "The order is planned some thousand rows ahead; the seam must not show."
     loader, n = Loader(Numbers(1001), 7, seed=3), 1001
@@ -136,6 +149,37 @@ def test_dialogues_stay_whole(lengths, T, packing, seed):
         pad = doc < 0
         assert (y[pad] == IGNORE).all() and (x[pad] == ds.pad_id).all() and not pad[:-1][~pad[1:]].any()
     assert sorted(found) == sorted((s.ids, s.weights) for s in samples)
+
+
+@settings(max_examples=60)
+@given(lengths=DOCS, T=st.integers(9, 50), most=st.integers(40, 400), least=st.integers(2, 9), window=st.integers(1, 80))
+def test_documents_never_straddle_rows(tmp_path_factory, lengths, T, most, least, window):
+    "Best fit: each document stands in one row, rows start where documents start, and the account adds up."
+    docs, folder = numbered(lengths), tmp_path_factory.mktemp("shards")/"s"
+    write_shards(docs, folder, Vocabulary, max_shard_tokens=most)
+    kept = [d for d in docs if len(d) >= least]
+    if not kept: return
+    ds, found = DocumentDataset(Shards(folder), T, min_sample_token_length=least, window=window), []
+    for r in range(len(ds)):
+        x, y, _, doc, pos = (None if v is None else v[0].numpy() for v in ds.batch([r]))
+        assert doc[0] >= 0 and pos[0] == 0
+        for k in sorted(set(doc[doc >= 0].tolist())):
+            at = np.flatnonzero(doc == k)
+            assert pos[at].tolist() == list(range(len(at))) and (y[at[:-1]] == x[at[1:]]).all()
+            found.append(x[at].tolist() + [t for t in [int(y[at[-1]])] if t != IGNORE])
+        assert (y[doc < 0] == IGNORE).all()
+    assert sorted(found) == sorted(d[:T+1] for d in kept)
+    assert ds.kept == sum(min(len(d), T) for d in kept) and ds.short == len(docs) - len(kept)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    "12,800 rows of a 4 GB sparse file and of a small one: the process stays within 300 MB of the same size."
+    run = ("import sys, numpy as np, torch; torch.set_num_threads(1)\nfrom bantam.runtime import peak_memory\nfrom bantam.data.loader import BlockDataset, Loader\n"
+           "f, n = sys.argv[1], int(sys.argv[2])//2\nopen(f, 'wb').truncate(2*n)\n"
+           "class S: arrays, starts, tokens, fingerprint, folder = [np.memmap(f, '<u2', 'r', shape=(n,))], [np.arange(0, n, 10**5)], n, 'x', 'x'\n"
+           "L = Loader(BlockDataset(S, 512), 32)\nfor i in range(400): L.batch(i)\nprint(peak_memory())")
+    peak = [int(subprocess.run([sys.executable, "-c", run, str(tmp_path/"x.bin"), str(size)], capture_output=True, text=True, check=True, cwd=ROOT).stdout) for size in (2**22, 2**32)]
+    assert peak[1] - peak[0] < 300*2**20
 
 
 @settings(max_examples=200)

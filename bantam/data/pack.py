@@ -67,7 +67,7 @@ class ShardWriter:
            )->None:
         "Append a document."
         if getattr(ids, "dtype", None) != self.dtype: ids = np.asarray(ids, dtype=np.int64)
-        if ids.max() >= self.vocab_size or ids.min() < 0:
+        if ids.max() >= self.vocab_size or ids.dtype.kind == "i" and ids.min() < 0:
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise BantamError(f"token id {bad} is outside the vocabulary of {self.vocab_size}; "
                               "encode with the tokenizer that you pass")

@@ -41,7 +41,7 @@ class DataArgs:
     max_shard_tokens:int=2**26 # A shard is closed before it grows past this
     contamination:str|list[str]|None=None # Evaluation texts: documents that hold parts of them are left out
     score_model:str|None=None # A bantam model that scores documents, where `clean` limits bits per byte
-    num_workers:int|None=None # Processes; None is one for each core, 0 works in this one
+    num_workers:int|None=None # Processes; None is one for each core where there is more to do than tokenising, 0 works in this one
     delete_raw:bool=False # Delete the files of sources that were read to their end, once the shards are safe
 
     def check(self):

@@ -155,12 +155,11 @@ def run(self:Side,
        )->None:
     "Write the side to its end."
     if self.done["done"]: return
-    mix = self.plan.mixture(self.name)
+    mix,strict = self.plan.mixture(self.name),{s.label: s.on_bad == "stop" for s in self.plan.sources}
     for group,out in workers.map(groups(self.rest(mix))):
         ends = np.cumsum(out.lengths).tolist()
         for i,((name,record),n,end) in enumerate(zip(group, out.lengths, ends)):
-            lane = next(lane for lane in mix.lanes if lane.name == name)
-            if i in out.errors and lane.source.on_bad == "stop": raise BantamError(out.errors[i])
+            if i in out.errors and strict[name]: raise BantamError(out.errors[i])
             self.take(name, record, out.ids[end-n:end], out.reasons[i], out.signatures[i])
         bar.update(len(group))
         bar.set_postfix_str(f"{human(sum(c['tokens'] for c in self.counts.values()))} tokens, {len(self.done['shards'])} shards")
@@ -206,7 +205,9 @@ def fill(plan:DataPlan, # What is made
     if not (folder/"manifest.json").exists():
         journal,dedup = Journal(folder, plan),Deduplicator(**dataclasses.asdict(plan.dedup)) if plan.dedup else None
         n,sides = plan.args.num_workers,["train"] + ["valid"]*(plan.args.valid_fraction > 0)
-        with Workers(cores() if n is None else n, **plan.work(score)) as workers, tqdm(unit=" records", disable=not progress) as bar:
+        parts = plan.work(score)
+        if n is None: n = cores() if parts["cleaner"] or parts["signature"] else 0 # the tokenizer alone uses all cores by itself
+        with Workers(n, **parts) as workers, tqdm(unit=" records", disable=not progress) as bar:
             for name in sides: Side(plan, journal, name, dedup).run(workers, bar)
         finish(plan, journal)
     sweep(folder)

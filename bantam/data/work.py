@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -70,7 +71,7 @@ class Job:
         lengths = [0 if why else len(d) for d,why in zip(ids, reasons)]
         signatures = [self.signature(t) if self.signature and n else None for t,n in zip(texts, lengths)]
         kept = [d for d,n in zip(ids, lengths) if n]
-        flat = np.fromiter((i for d in kept for i in d), token_dtype(self.tokenizer.vocab_size), sum(lengths))
+        flat = np.fromiter(chain.from_iterable(kept), token_dtype(self.tokenizer.vocab_size), sum(lengths))
         return Outcome(flat, lengths, reasons, signatures, errors)
 
     def _encode(self, records, texts, reasons, errors): # Ids of each record; none for those with a reason
@@ -114,7 +115,7 @@ def serve(fd:int # Number of the open pipe
 class Workers:
     "Processes that compute a job; used as a context."
     def __init__(self,
-                 n:int, # How many; 0 computes in this process
+                 n:int, # How many; 0 computes in a thread of this process
                  **parts # What `Job` takes
                 ): self.n,self.parts,self.job,self.free,self.processes = n,parts,Job(**parts),queue.Queue(),[]
 
@@ -152,13 +153,10 @@ def map(self:Workers,
        )->Iterator[tuple]: # Each group with its `Outcome`
     "Outcomes in the order of the groups."
     def plain(group): return [r if r.data is None or r.text is None and r.messages is None else r._replace(data=None) for _,r in group]
-    if not self.n:
-        for group in stream: yield group,self.job(plain(group))
-        return
-    waiting,pool = deque(),ThreadPoolExecutor(self.n, "bantam-work")
+    ask,waiting,pool = self._ask if self.n else self.job,deque(),ThreadPoolExecutor(max(1, self.n), "bantam-work")
     try:
         for group in stream:
-            waiting.append((group, pool.submit(self._ask, plain(group))))
+            waiting.append((group, pool.submit(ask, plain(group))))
             if len(waiting) > 2*self.n: group,answer = waiting.popleft(); yield group,answer.result()
         while waiting: group,answer = waiting.popleft(); yield group,answer.result()
     finally: pool.shutdown(cancel_futures=True)

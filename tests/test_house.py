@@ -283,8 +283,9 @@ def test_readme_is_the_index(tmp_path):
 def test_config_loads(path):
     from bantam.args import SFTArgs, TrainingArgs
     from bantam.config import BantamConfig
+    from bantam.data.plan import DataPlan
     from bantam.settings import load_settings
-    kinds = [BantamConfig] if path.parent.name == "models" else [TrainingArgs, SFTArgs] if "sft_args" in load_settings(path)[0] else [TrainingArgs]
+    kinds = [DataPlan] if path.name == "data.yaml" else [BantamConfig] if path.parent.name == "models" else [TrainingArgs, SFTArgs] if "sft_args" in load_settings(path)[0] else [TrainingArgs]
     for kind in kinds: assert kind.from_yaml(path)
 
 

@@ -73,8 +73,8 @@ def sft_loader(records, # `Record`s, or dicts of fields
               )->Loader:
     "Batches of dialogues."
     dataset = sft_dataset(records, tokenizer, args, seq_len)
-    if shuffle: return Loader(dataset, args.batch_size, args.seed, subset=args.overfit_subset)
-    return Loader(dataset, min(args.batch_size, len(dataset)), shuffle=False)
+    if shuffle: return Loader(dataset, args.batch_size, args.seed, subset=args.overfit_subset, **args.loading())
+    return Loader(dataset, min(args.batch_size, len(dataset)), shuffle=False, **args.loading())
 
 # %% ../../nbs/6_tune/62_sft.ipynb #3c0d41a8
 def show_start(loader:Loader, # Of training dialogues

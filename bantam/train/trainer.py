@@ -153,7 +153,8 @@ def _check_first(self:Trainer, loss):
 
 # %% ../../nbs/4_train/45_trainer.ipynb #50fc6ec2
 MAY_CHANGE = {"out_dir", "run_name", "device", "resume_from_checkpoint", "init_from_checkpoint", "finetune_from", "tokenizer", "log_every_n",
-              "log_format", "log_loss_to_csv", "save_every_n", "keep_last_k", "interruptible"}
+              "log_format", "log_loss_to_csv", "save_every_n", "keep_last_k", "interruptible",
+              "num_workers", "pin_memory", "persistent_workers"}
 
 def check_same_run(args, # `TrainingArgs` of the run that shall go on
                    checkpoint # Where it shall go on from

@@ -37,7 +37,7 @@ def one_line(r):
 
 
 # What is written, how much of it, and the size of the vocabulary: long words are slow to merge
-KINDS = {"language": (language, 2 * GB, 16384), "noise": (noise, GB // 5, 16384), "one line": (one_line, GB // 10, 400)}
+KINDS = {"language": (language, 2 * GB, 16384), "noise": (noise, GB // 5, 16384), "one line": (one_line, GB // 50, 400)}
 
 # Memory of the process that does it, in KB, beside the records that were left out because it was full
 CODE = """

@@ -85,7 +85,9 @@ class DataPlan:
         self.settings = self.deciding(values["sources"])
         self.digest = digest(self.settings)
 
-    def deciding(self, sources):
+    def deciding(self,
+                 sources:list # As the file has them
+                )->dict: # Ready for JSON
         "What the result hangs on; two plans that agree in it make the same bytes."
         args = {k: v for k,v in dataclasses.asdict(self.args).items() if k not in FREE}
         parts = {k: v and dataclasses.asdict(v) for k,v in (("clean", self.clean), ("dedup", self.dedup))}

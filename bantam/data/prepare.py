@@ -103,49 +103,69 @@ class Side:
         for k in range(self.done["signatures"] if dedup else 0):
             for key,sign in load_signatures(journal.seen(name, k)): dedup.seen(key, sign)
 
-    def used(self, record):
-        "Take a record into the running hash."
-        text = record.text if record.text is not None else json.dumps(record.messages)
-        data = text.encode("utf-8", "surrogatepass")
-        self.hash.update(len(data).to_bytes(8, "little") + data)
+# %% ../../nbs/2_data/24e_prepare.ipynb #e85f509e
+@patch
+def used(self:Side,
+         record # A `Record`
+        )->None:
+    "Take a record into the running hash."
+    text = record.text if record.text is not None else json.dumps(record.messages)
+    data = text.encode("utf-8", "surrogatepass")
+    self.hash.update(len(data).to_bytes(8, "little") + data)
 
-    def rest(self, mix):
-        "The stream behind what is finished; sources that have changed are refused."
-        stream = iter(mix)
-        for _ in range(self.records):
-            found = next(stream, None)
-            if found is None: break
-            self.used(found[1])
-        if self.records and self.hash.hexdigest() != self.done["hash"]:
-            raise BantamError(f"the sources have changed since {self.journal.folder} was begun; restore them, or remove that folder to begin again")
-        return stream
+@patch
+def rest(self:Side,
+         mix # The stream from its beginning
+        ): # The stream behind what is finished
+    "Pass over what was used before; sources that have changed are refused."
+    stream = iter(mix)
+    for _ in range(self.records):
+        found = next(stream, None)
+        if found is None: break
+        self.used(found[1])
+    if self.records and self.hash.hexdigest() != self.done["hash"]:
+        raise BantamError(f"the sources have changed since {self.journal.folder} was begun; "
+                          "restore them, or remove that folder to begin again")
+    return stream
 
-    def take(self, name, record, ids, why, sign):
-        "One document of the stream."
-        if self.writer and len(ids) and self.writer.tokens + len(ids) > self.plan.args.max_shard_tokens: self.commit()
-        mine = self.counts.setdefault(name, dict(read=0, documents=0, tokens=0, dropped={}))
-        if sign is not None:
-            self.fresh.append((self.records, sign))
-            before = self.dedup.exact
-            if self.dedup.seen(self.records, sign) is not None: why = "exact duplicate" if self.dedup.exact > before else "near duplicate"
-        self.used(record); self.records += 1; mine["read"] += 1
-        if why: mine["dropped"][why] = mine["dropped"].get(why, 0) + 1; return
-        self.writer = self.writer or ShardWriter(self.folder, len(self.done["shards"]), self.plan.tokenizer.vocab_size)
-        self.writer.add(ids)
-        mine["documents"] += 1; mine["tokens"] += len(ids)
+# %% ../../nbs/2_data/24e_prepare.ipynb #538469f6
+@patch
+def take(self:Side,
+         name:str, # The source
+         record, # A `Record`
+         ids:np.ndarray, # Its tokens
+         why:str|None, # Reason to drop it, so far
+         sign # Its signature, or None
+        )->None:
+    "One document of the stream."
+    if self.writer and len(ids) and self.writer.tokens + len(ids) > self.plan.args.max_shard_tokens: self.commit()
+    mine = self.counts.setdefault(name, dict(read=0, documents=0, tokens=0, dropped={}))
+    if sign is not None:
+        self.fresh.append((self.records, sign))
+        before = self.dedup.exact
+        if self.dedup.seen(self.records, sign) is not None:
+            why = "exact duplicate" if self.dedup.exact > before else "near duplicate"
+    self.used(record); self.records += 1; mine["read"] += 1
+    if why: mine["dropped"][why] = mine["dropped"].get(why, 0) + 1; return
+    self.writer = self.writer or ShardWriter(self.folder, len(self.done["shards"]), self.plan.tokenizer.vocab_size)
+    self.writer.add(ids)
+    mine["documents"] += 1; mine["tokens"] += len(ids)
 
-    def commit(self, **more):
-        "Close the shard, bring it to the disk, and say so in the journal."
-        if self.writer:
-            self.done["shards"].append(self.writer.close())
-            for p in (self.writer.path, self.writer.path.with_suffix(".idx.npy")): fsync_path(p)
-            fsync_path(self.folder)
-            self.writer = None
-        if self.fresh:
-            save_signatures(self.journal.seen(self.name, self.done["signatures"]), self.fresh, self.plan.dedup.num_perm)
-            self.done["signatures"],self.fresh = self.done["signatures"] + 1,[]
-        self.done.update(records=self.records, hash=self.hash.hexdigest(), counts=copy.deepcopy(self.counts), **more)
-        self.journal.save()
+@patch
+def commit(self:Side,
+           **more # Further fields of the journal
+          )->None:
+    "Close the shard, bring it to the disk, and say so in the journal."
+    if self.writer:
+        self.done["shards"].append(self.writer.close())
+        for p in (self.writer.path, self.writer.path.with_suffix(".idx.npy")): fsync_path(p)
+        fsync_path(self.folder)
+        self.writer = None
+    if self.fresh:
+        save_signatures(self.journal.seen(self.name, self.done["signatures"]), self.fresh, self.plan.dedup.num_perm)
+        self.done["signatures"],self.fresh = self.done["signatures"] + 1,[]
+    self.done.update(records=self.records, hash=self.hash.hexdigest(), counts=copy.deepcopy(self.counts), **more)
+    self.journal.save()
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #a16e8565
 @patch

@@ -11,7 +11,8 @@ import bantam.decode.generate # adds generate
 from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.ship.gguf import from_gguf
-from bantam.ship.weights import from_hf, hf_config
+from bantam.ship.families import hf_config
+from bantam.ship.weights import from_hf
 
 LLAMA = dict(model_type="llama", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6,
              hidden_act="silu", rope_theta=10000., tie_word_embeddings=False)

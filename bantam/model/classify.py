@@ -18,6 +18,7 @@ from ..config import BantamConfig
 from ..core import BantamError, new_folder, read_json, write_json
 from .files import fill, read_tensors, write_tensors
 from .layers import Linear
+from .inputs import check_ids
 from .lm import BantamForCausalLM
 
 # %% ../../nbs/3_model/39d_classify.ipynb #062ea9f2
@@ -53,7 +54,7 @@ class BantamForSequenceClassification(nn.Module):
                 attention_mask:Tensor|None=None, # (B,T) 1 for a token, 0 for padding; None has no padding
                 labels:Tensor|None=None # (B,) the right class of each row
                )->Classified:
-        self.model.check_ids(input_ids)
+        check_ids(input_ids, self.model.config.vocab_size)
         marks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         h_BTD = self.model.hidden_states(input_ids, attention_mask=attention_mask)
         h_BD = h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), last_token(marks)]

@@ -18,6 +18,7 @@ import bantam.model.mla
 from ..core import BantamError, human
 import bantam.model.account # adds parts, num_parameters, active_parameters
 from .attention import attend, eager_attention
+from .inputs import check_ids
 from .lm import BantamForCausalLM
 
 # %% ../../nbs/3_model/39c_look.ipynb #34a26264
@@ -63,7 +64,7 @@ def record(model:BantamForCausalLM, # Stays as it is
     maps,streams,was = {},[],model.training
     hooks = [b.register_forward_pre_hook(lambda m, args: streams.append(args[0])) for b in model.layers]
     hooks.append(model.norm.register_forward_pre_hook(lambda m, args: streams.append(args[0])))
-    model.check_ids(input_ids)
+    check_ids(input_ids, model.config.vocab_size)
     try:
         with watched(model.eval(), maps): model.hidden_states(input_ids, **marks)
     finally:

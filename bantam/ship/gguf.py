@@ -23,7 +23,7 @@ from ..text.tokenizer import BantamTokenizer
 
 # %% ../../nbs/9_ship/91a_gguf.ipynb #ba975c50
 def open_gguf(path # A `.gguf` file
-             ):
+             ): # `gguf.GGUFReader`
     "The reader of the file, or a refusal."
     try: from gguf import GGUFReader
     except ImportError: raise BantamError("reading GGUF needs the library gguf: pip install gguf") from None
@@ -78,7 +78,10 @@ def gguf_tensors(reader, # From `open_gguf`
 # %% ../../nbs/9_ship/91a_gguf.ipynb #b4de975c
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_CUT = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-def regex_cut(pattern): return [dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False), GPT2_CUT | dict(use_regex=False)]
+def regex_cut(pattern:str # Cuts text into words
+             )->list: # Pre-tokenizers
+    "Cut by the pattern, then spell bytes."
+    return [dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False), GPT2_CUT | dict(use_regex=False)]
 CUTS = {"default": [GPT2_CUT], "gpt-2": [GPT2_CUT], "smollm": [dict(type="Digits", individual_digits=True), GPT2_CUT],
         "llama-bpe": regex_cut(LLAMA3), "qwen2": regex_cut(LLAMA3.replace("{1,3}", ""))}
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.model.attention import Attention, eager_attention, layer_mask, sdpa_attention
 from bantam.model.cache import KVCache
 from bantam.model.groups import GroupedAttention

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.model.attention import Attention, layer_mask
 from bantam.model.cache import KVCache

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bantam.args import TrainingArgs
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.tokenizer import BantamTokenizer

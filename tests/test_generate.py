@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from bantam.chat.chat import BantamChat, chat_loop, harmless
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.decode.generate import GenerationArgs, complete, generate, left_pad, stream
 from bantam.decode.speech import StopText

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.model.ffn import FFN_TYPES, FeedForward, inner
 from bantam.model.moe import MoE, make_ffn

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 import torch
 from bantam.args import TrainingArgs
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.data.loader import BlockDataset, Loader
 from bantam.data.pack import Shards
 from bantam.model.lm import BantamForCausalLM

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from bantam.config import BantamConfig
+from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.model.rope import plain_heads, rope_table, rotary_heads
 from bantam.model.scaling import Angles, length_dependent, rope_inv_freq

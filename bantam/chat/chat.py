@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..core import BantamError, nearest, write_json
 from ..decode.generate import GenerationArgs, Speech
 from ..model.lm import BantamForCausalLM
+import bantam.model.account # adds num_parameters
 import bantam.model.files # adds from_pretrained
 from ..runtime import pick_device
 from ..text.template import ChatTemplate

@@ -37,6 +37,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self)->None:
         "Normal weights with standard deviation 1/sqrt(in_features); a zero bias."
+        if self.weight.is_meta: return # a shape without memory: what is loaded later fills it
         nn.init.normal_(self.weight, std=self.in_features**-.5)
         if self.bias is not None: nn.init.zeros_(self.bias)
 
@@ -52,7 +53,7 @@ class Embedding(nn.Embedding):
     "`nn.Embedding` with fresh rows of standard deviation 0.02."
     def reset_parameters(self)->None:
         "Small normal rows: in a tied output layer large ones would make wild first guesses."
-        nn.init.normal_(self.weight, std=.02)
+        if not self.weight.is_meta: nn.init.normal_(self.weight, std=.02)
 
 # %% ../../nbs/3_model/30_layers.ipynb #f4c3245c
 def rms_norm(x:Tensor, # (..., D), any float type

@@ -128,6 +128,7 @@ def stream_std(config:BantamConfig # The shape of the model
 def init_weights(self:BantamForCausalLM)->None:
     "Fresh values for every parameter, from PyTorch's generator."
     c,into_stream = self.config,("o_proj.weight", "down_proj.weight", "experts.down_proj")
+    if self.head_weight.is_meta: return # nothing to fill yet
     for name,p in self.named_parameters():
         if name.endswith(("bias", "sinks")): p.zero_()
         elif p.dim() == 1: p.fill_(1.)

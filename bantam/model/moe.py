@@ -65,6 +65,7 @@ class Experts(nn.Module):
     def reset_parameters(self)->None:
         "Each matrix as `Linear` would fill it: standard deviation 1/sqrt(inputs), zero constants."
         for n,p in self.named_parameters():
+            if p.is_meta: continue # a shape without memory: what is loaded later fills it
             if n.endswith("bias"): p.zero_()
             else: p.normal_(std=p.shape[-1]**-.5)
 

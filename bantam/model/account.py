@@ -50,9 +50,9 @@ def keys_seen(config:BantamConfig, # The shape as a layer sees it
               seq_len:int # Length of the rows
              )->float: # Mean number of keys that a query sees
     "Causal, within the window, and the sinks before it."
-    t = torch.arange(1, seq_len + 1)
-    if config.window is None: return t.float().mean().item()
-    return (t.clamp(max=config.window) + (t - config.window).clamp(0, config.num_attention_sinks)).float().mean().item()
+    T,W = seq_len,min(config.window or seq_len, seq_len)
+    past,few = T - W,min(config.num_attention_sinks, T - W) # queries beyond the window; sinks that come out of it one by one
+    return W - W*(W - 1)/(2*T) + (few*(few + 1)/2 + (past - few)*few)/T
 
 def attention_width(config:BantamConfig # The shape as a layer sees it
                    )->int: # Widths of a key and a value, over all query heads

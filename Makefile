@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 	touch $@
 
 .venv/.dev: .venv/.runtime
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,corpora]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[all]'
 	touch $@
 
 demo: .venv/.runtime  ## everything from text to a chat; make demo ARGS='--corpus stdlib --minutes 3'

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..core import BantamError, clock, human, write_durable
+from ..core import BantamError, clock, human, sweep, write_durable
 
 # %% ../../nbs/4_train/44_track.ipynb #39eacc05
 METRICS = ("step", "epoch", "tokens", "loss", "lr", "grad_l2_norm", "tokens_per_second", "mfu",
@@ -60,6 +60,7 @@ class RunLog:
                 ):
         folder = Path(out_dir)/"logs"
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder) # What a killed run had begun to write here
         self.rows,self.samples = (read_log(folder/f, step) for f in ("metrics.jsonl", "samples.jsonl"))
         texts = {"metrics.jsonl": "".join(json.dumps(r)+"\n" for r in self.rows),
                  "samples.jsonl": "".join(json.dumps(r)+"\n" for r in self.samples)}

@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from ..core import BantamError
@@ -123,6 +124,7 @@ def split_table(file, # A `.parquet` file, perhaps packed
 # %% ../../nbs/2_data/21a_files.ipynb #9f03ff2b
 SPLIT = {".txt": split_text, ".jsonl": split_lines, ".json": split_list, ".parquet": split_table}
 
+@cache
 def kind_of(path:Path # A file
            )->str: # `.jsonl` for `a.jsonl.gz`
     "The ending that says what a file holds, whether it is packed or not."

@@ -128,7 +128,7 @@ def parse_line(line:str, # One line of the file
     except json.JSONDecodeError as e: wrong = f"is not JSON: {e.msg} at column {e.colno}"
     except RecursionError: wrong = "is nested too deeply"
     except ValueError: wrong = "holds a number of thousands of digits"
-    else: return as_record(whole(data, where), where, text_field)
+    else: return as_record(whole(data, where) if "\\u" in line else data, where, text_field)
     raise BadRecord(f"{where} {wrong}; mend the line", "not JSON")
 
 # %% ../../nbs/2_data/21_records.ipynb #32c48c18

@@ -153,10 +153,11 @@ def map(self:Workers,
        )->Iterator[tuple]: # Each group with its `Outcome`
     "Outcomes in the order of the groups."
     def plain(group): return [r if r.data is None or r.text is None and r.messages is None else r._replace(data=None) for _,r in group]
-    ask,waiting,pool = self._ask if self.n else self.job,deque(),ThreadPoolExecutor(max(1, self.n), "bantam-work")
+    ask,n = (self._ask, self.n) if self.n else (self.job, 1)
+    waiting,pool = deque(),ThreadPoolExecutor(n, "bantam-work")
     try:
         for group in stream:
             waiting.append((group, pool.submit(ask, plain(group))))
-            if len(waiting) > 2*self.n: group,answer = waiting.popleft(); yield group,answer.result()
+            if len(waiting) > 2*n: group,answer = waiting.popleft(); yield group,answer.result()
         while waiting: group,answer = waiting.popleft(); yield group,answer.result()
     finally: pool.shutdown(cancel_futures=True)

@@ -49,7 +49,8 @@ def fill(folder:Path, # An empty folder
          tokenizer, # Has `save`, `id_of`; None when there is none
          optimizer, # Has `state_dict`
          state:dict, # What else the run must remember, ready for JSON
-         args:TrainingArgs # What the run was told
+         args:TrainingArgs, # What the run was told
+         extra=None # Called with the folder, writes what only some runs have: an average of the weights, experts
         )->None:
     "Write every file but the manifest."
     collect(model.save_pretrained, folder)
@@ -62,13 +63,14 @@ def fill(folder:Path, # An empty folder
     save_file(rng_state(), folder/"rng.safetensors")
     for name,obj in (("generation_config", ids), ("optimizer", settings), ("training_state", dict(step=step) | state),
                      ("training_args", args.to_dict())): write_json(folder/f"{name}.json", obj)
+    if extra is not None: extra(folder)
 
 # %% ../../nbs/4_train/42_checkpoint.ipynb #84ae5340
 def seal(folder:Path, # A folder in which all other files are written
          about:dict # What else to record
         )->None:
     "Write `manifest.json`: size and SHA-256 of every file here, `about`, and the hash of all that."
-    files = {p.name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for p in sorted(folder.iterdir())}
+    files = {p.relative_to(folder).as_posix(): dict(size=p.stat().st_size, sha256=sha256_file(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
     body = dict(version=1, files=files) | about
     write_json(folder/"manifest.json", body | dict(sha256=digest(body)))
 
@@ -90,7 +92,7 @@ def read_manifest(folder:Path # A checkpoint
     if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()): refuse(folder, "manifest.json lists no files")
     if type(body.get("order")) is not int: refuse(folder, "manifest.json has no order")
     for name in files:
-        if not re.fullmatch(r"\w[\w.-]*", name): refuse(folder, f"manifest.json names {name!r}, which is not a plain file name")
+        if not re.fullmatch(r"(\w+/)?\w[\w.-]*", name): refuse(folder, f"manifest.json names {name!r}, which is not a plain file name")
     for name in NEEDED:
         if name not in files: refuse(folder, f"manifest.json does not list {name}")
     return body
@@ -103,7 +105,7 @@ def verify_checkpoint(folder # A checkpoint
     manifest = read_manifest(folder)
     for name,want in manifest["files"].items():
         path = folder/name
-        if path.is_symlink() or not path.is_file(): refuse(folder, f"{name} is missing")
+        if any((folder/part).is_symlink() for part in (name, name.split("/")[0])) or not path.is_file(): refuse(folder, f"{name} is missing")
         if path.stat().st_size != want.get("size"): refuse(folder, f"{name} has {path.stat().st_size} bytes, {want.get('size')} were written")
         if sha256_file(path) != want.get("sha256"): refuse(folder, f"{name} is damaged (it does not have the SHA-256 that was written)")
     return manifest
@@ -149,7 +151,7 @@ def weights_folder(folder # A model folder, a checkpoint, or a run folder
 
 # %% ../../nbs/4_train/42_checkpoint.ipynb #e6f3c88c
 def pointed(run_dir, # A run folder
-            name:str # `latest` or `best`
+            name:str # `latest`, `best` or `tags/<save_tag>`
            )->Path|None: # The checkpoint it names, if that is there
     "Follow a pointer."
     try: target = (Path(run_dir)/name).read_text(encoding="utf-8").strip()
@@ -171,16 +173,17 @@ def is_good(folder:Path # A checkpoint
     except BantamError: return False
 
 def prune(run_dir, # A run folder
-          keep_last_k:int=3 # How many stay; the best does too, and never fewer than two good ones
+          keep_last_k:int=3 # How many stay; the best and the tagged do too, and never fewer than two good ones
          )->list[str]: # Names of those that went
     "Delete old checkpoints."
-    found,best,good,names = checkpoints(run_dir),pointed(run_dir, "best"),0,[]
+    found,good,names = checkpoints(run_dir),0,[]
+    kept = {pointed(run_dir, n) for n in ("best", *(f"tags/{p.name}" for p in Path(run_dir).glob("tags/*")))}
     lost = [c for c in found if order_of(c) == float("inf")]
     found = [c for c in found if c not in lost]
     if len(found) <= max(2, keep_last_k) and not lost: return names
     for i,c in enumerate(found):
         if good < 2: good += is_good(c)
-        elif i >= keep_last_k and c != best: names.append(c.name)
+        elif i >= keep_last_k and c not in kept: names.append(c.name)
     if good == 2: names += [c.name for c in lost if c.name < found[0].name]
     for n in names: discard(found[0].parent/n)
     return names
@@ -192,23 +195,25 @@ def save_checkpoint(run_dir, # The run folder
                     tokenizer, # A `BantamTokenizer`; None when there is none
                     optimizer, # From `build_optimizer`
                     state:dict, # What else the run must remember, ready for JSON
-                    args:TrainingArgs, # Saved; `keep_last_k` is obeyed
-                    best:bool=False # Is it the best so far? Then `best` points to it
+                    args:TrainingArgs, # Saved; `keep_last_k` and `save_tag` are obeyed
+                    best:bool=False, # Is it the best so far? Then `best` points to it
+                    extra=None # See `fill`
                    )->Path: # The finished folder
     "Write `checkpoints/step-<step>/`. Whenever this is killed, the newest good checkpoint is the one before or this one."
     run_dir = Path(run_dir)
     target = run_dir/"checkpoints"/f"step-{step:08d}"
-    for home in (run_dir, run_dir/"checkpoints"): sweep(home)
+    for home in (run_dir, run_dir/"checkpoints", run_dir/"tags"): sweep(home)
     order = 1 + max((o for o in map(order_of, checkpoints(run_dir)) if o < float("inf")), default=0)
     about = dict(step=step, order=order, config=digest(model.config.to_dict()), tokenizer=getattr(tokenizer, "fingerprint", None),
                  versions=dict(bantam=__version__, torch=torch.__version__, safetensors=safetensors.__version__, python=platform.python_version()))
     try:
         with new_folder(target) as folder:
-            fill(folder, step, model, tokenizer, optimizer, state, args)
+            fill(folder, step, model, tokenizer, optimizer, state, args, extra)
             seal(folder, about)
     except (OSError, SafetensorError) as e:
         raise BantamError(f"cannot write checkpoint {target}: {e}; free space or choose another out_dir (earlier checkpoints are as they were)") from e
-    for name in ["latest"] + ["best"]*best: write_durable(run_dir/name, target.name + "\n")
+    if args.save_tag: (run_dir/"tags").mkdir(exist_ok=True)
+    for name in ["latest"] + ["best"]*best + [f"tags/{args.save_tag}"]*bool(args.save_tag): write_durable(run_dir/name, target.name + "\n")
     prune(run_dir, args.keep_last_k)
     return target
 

@@ -37,6 +37,13 @@ class LearnFields:
     grad_clip:float=1.0 # Largest norm of the whole gradient; 0 does not clip
     muon_lr:float|None=None # Peak learning rate of Muon's matrices; None is `lr`
     muon_momentum:float=0.95 # Memory of Muon's momentum
+    muon_exclude_embeddings:bool=True # Word tables go to AdamW; false gives them to Muon too
+    muon_beta1:float|None=None # Memory of the mean in the AdamW beside Muon; None is `beta1`
+    muon_beta2:float|None=None # Likewise of the mean square; None is `beta2`
+    muon_eps:float=1e-7 # Matrices with a smaller gradient than this norm take a smaller step
+    muon_bias_correction:bool=False # Muon's momentum starts as an average of what it has seen, not of that and zero
+    muon_clip_by_layer:bool=False # `grad_clip` for each of Muon's matrices by itself, and for all the rest together
+    muon_lr_correction:bool=True # Muon's step is as long per weight as AdamW's; false takes Jordan's rule, with rates near 0.02
     lr_scheduler:Literal["cosine", "linear", "constant", "wsd", "stages"]="cosine" # Shape of the learning rate after the warm-up
     stages:list[dict[str, int|float]]|None=None # Of `lr_scheduler: stages`: steps up to `until` take `lr_scale` times the rate
     warmup_frac:float=0.1 # Share of the steps in which the rate rises
@@ -97,9 +104,9 @@ def known_keys(what:str, # The field
 @patch
 def check_learning(self:LearnFields)->None:
     "Refuse rates, counts and schedules that no run could follow."
-    positive(self, "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "ema_half_life")
+    positive(self, "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "muon_eps", "ema_half_life")
     between(self, 0, math.inf, "warmup_steps", "weight_decay", "grad_clip")
-    between(self, 0, 1, "beta1", "beta2", "muon_momentum")
+    between(self, 0, 1, "beta1", "beta2", "muon_momentum", "muon_beta1", "muon_beta2")
     for n in ("warmup_frac", "min_lr_ratio"):
         if not 0 <= getattr(self, n) <= 1: raise BantamError(f"{n} must be from 0 to 1, got {getattr(self, n)}")
     if (self.lr_scheduler == "stages") != bool(self.stages): raise BantamError("stages and lr_scheduler: stages belong together; give both or neither")

@@ -85,6 +85,7 @@ class TrainingArgs(WatchFields, LearnFields, HubFields, DataFields):
     precision:Literal["auto", "bf16", "fp16", "fp32"]="auto" # Type of the matrix products; weights stay float32
     use_gradient_checkpoint:bool=False # Compute activations twice instead of keeping them: less memory, a third more time
     compile:Literal["auto", True, False]=False # Let PyTorch compile the model; `auto` does on a GPU
+    active_expert:int|None=None # Train what is shared and this expert only, with only it in memory; None is all (`bantam-cli experts train` takes them in turn)
     seed:int=0 # Of the weights, the order of the data and every sample
 
 # %% ../nbs/01a_args.ipynb #6dce3cd5
@@ -137,6 +138,7 @@ def check(self:TrainingArgs)->None:
     "Refuse arguments that no run could follow; the message names the field."
     self.check_data(); self.check_hub(); self.check_learning(); self.check_watching()
     between(self, 0, 2**32, "seed")
+    between(self, 0, math.inf, "active_expert")
     starts = [n for n in ("init_from_checkpoint", "finetune_from", "resume_from_checkpoint") if getattr(self, n)]
     if len(starts) > 1: raise BantamError(f"{' and '.join(starts)} contradict each other; a run has one beginning")
 

@@ -115,7 +115,7 @@ def serve(fd:int # Number of the open pipe
 class Workers:
     "Processes that compute a job; used as a context."
     def __init__(self,
-                 n:int, # How many; 0 computes in a thread of this process
+                 n:int, # How many; 0 computes in two threads of this process
                  **parts # What `Job` takes
                 ): self.n,self.parts,self.job,self.free,self.processes = n,parts,Job(**parts),queue.Queue(),[]
 
@@ -153,7 +153,7 @@ def map(self:Workers,
        )->Iterator[tuple]: # Each group with its `Outcome`
     "Outcomes in the order of the groups."
     def plain(group): return [r if r.data is None or r.text is None and r.messages is None else r._replace(data=None) for _,r in group]
-    ask,n = (self._ask, self.n) if self.n else (self.job, 1)
+    ask,n = (self._ask, self.n) if self.n else (self.job, 2)
     waiting,pool = deque(),ThreadPoolExecutor(n, "bantam-work")
     try:
         for group in stream:

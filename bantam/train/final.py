@@ -23,7 +23,7 @@ def final_folder(checkpoint:Path, # The last checkpoint of the run
     "The model of a checkpoint, as everything else reads it."
     with new_folder(target) as folder:
         for f in checkpoint.iterdir():
-            if f.name not in RESUME_ONLY: shutil.copy2(f, folder/f.name)
+            if f.is_file() and f.name not in RESUME_ONLY: shutil.copy2(f, folder/f.name)
 
 # %% ../../nbs/4_train/44d_final.ipynb #afcdf6ff
 def run_result(trainer, # Has finished: `log`, `step`, `tokens`, `seconds`, `precision`, `device`, `flops_per_token`, `peak`

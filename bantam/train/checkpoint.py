@@ -210,10 +210,11 @@ def save_checkpoint(run_dir, # The run folder
         with new_folder(target) as folder:
             fill(folder, step, model, tokenizer, optimizer, state, args, extra)
             seal(folder, about)
+        for name in ["latest"] + ["best"]*best + [f"tags/{args.save_tag}"]*bool(args.save_tag):
+            (run_dir/name).parent.mkdir(exist_ok=True)
+            write_durable(run_dir/name, target.name + "\n")
     except (OSError, SafetensorError) as e:
         raise BantamError(f"cannot write checkpoint {target}: {e}; free space or choose another out_dir (earlier checkpoints are as they were)") from e
-    if args.save_tag: (run_dir/"tags").mkdir(exist_ok=True)
-    for name in ["latest"] + ["best"]*best + [f"tags/{args.save_tag}"]*bool(args.save_tag): write_durable(run_dir/name, target.name + "\n")
     prune(run_dir, args.keep_last_k)
     return target
 

@@ -71,6 +71,7 @@ class Completion(NamedTuple):
     text:str # Without the stop string
     ids:list # Without the stop id
     ended:bool # False when it was cut off before any stop
+    logprobs:list|None=None # Of each id, and of the stop id at the end, when asked for
 
 def read_out(tokenizer, # Says what the ids mean
              ids:list, # New tokens of one row

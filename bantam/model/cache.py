@@ -160,3 +160,16 @@ def crop(self:KVCache,
         raise BantamError(f"cannot crop to {length} tokens: what the next one sees was dropped; "
                           "make the cache with more slack")
     for s in self.slots.values(): s.length = length
+
+@patch
+def pick(self:KVCache,
+         rows_B:Tensor # Rows of the batch; a row may come several times, or not at all
+        )->None:
+    "Go on with these rows, in this order: a search keeps the best beginnings of a text."
+    for s in self.slots.values():
+        for name in ("k", "v"):
+            old = getattr(s, name)
+            new = old[rows_B]
+            if new.shape == old.shape: old.copy_(new) # a static cache stays where it is
+            else: setattr(s, name, new)
+    if hasattr(self, "text"): self.text = self.text[rows_B] # where a model reads again

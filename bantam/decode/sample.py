@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalise_repetition', 'forbid_ngrams', 'sample',
-           'darts', 'next_token']
+           'darts', 'adjusted', 'next_token']
 
 # %% ../../nbs/5_decode/50_sample.ipynb #238fece9
 import math
@@ -104,22 +104,31 @@ def darts(seed:int|None, # Seed of the first row; None takes one from torch's gl
     return torch.stack([torch.rand(steps, generator=g) for g in each])
 
 # %% ../../nbs/5_decode/50_sample.ipynb #1336a369
+def adjusted(logits_BV:Tensor, # The model's scores for the next token
+             ids_BT:Tensor, # What was said so far; negative ids are padding
+             temperature:float=1., # 0 takes the best token: nothing is cut
+             top_k:int=0, # Tokens to keep; 0 keeps all
+             top_p:float=1., # Probability to keep; 1 keeps all
+             min_p:float=0., # Least share of the best token's probability
+             repetition_penalty:float=1., # Above 1 discourages what was said
+             no_repeat_ngram_size:int=0 # Runs of this length come once; 0 does nothing
+            )->Tensor: # (B,V)
+    "Apply all rules to the logits."
+    z_BV = penalise_repetition(logits_BV.float(), ids_BT, repetition_penalty)
+    z_BV = forbid_ngrams(z_BV, ids_BT, no_repeat_ngram_size)
+    if temperature == 0: return z_BV
+    z_BV = keep_top_k(apply_temperature(z_BV, temperature), top_k)
+    return keep_min_p(keep_top_p(z_BV, top_p), min_p)
+
 def next_token(logits_BV:Tensor, # The model's scores for the next token
                ids_BT:Tensor, # What was said so far; negative ids are padding
                u_B:Tensor, # One uniform number per row; not looked at when temperature is 0
                temperature:float=1., # 0 takes the best token
-               top_k:int=0, # Tokens to keep; 0 keeps all
-               top_p:float=1., # Probability to keep; 1 keeps all
-               min_p:float=0., # Least share of the best token's probability
-               repetition_penalty:float=1., # Above 1 discourages what was said
-               no_repeat_ngram_size:int=0 # Runs of this length come once; 0 does nothing
+               **rules # The others of `adjusted`
               )->Tensor: # (B,) ids
     "Apply the rules to the logits and pick one token per row."
-    z_BV = penalise_repetition(logits_BV.float(), ids_BT, repetition_penalty)
-    z_BV = forbid_ngrams(z_BV, ids_BT, no_repeat_ngram_size)
-    if temperature == 0:
-        best = z_BV.max(-1)
-        if best.values.isfinite().all(): return best.indices
-        raise BantamError(_no_scores)
-    z_BV = keep_top_k(apply_temperature(z_BV, temperature), top_k)
-    return sample(keep_min_p(keep_top_p(z_BV, top_p), min_p), u_B)
+    z_BV = adjusted(logits_BV, ids_BT, temperature, **rules)
+    if temperature: return sample(z_BV, u_B)
+    best = z_BV.max(-1)
+    if best.values.isfinite().all(): return best.indices
+    raise BantamError(_no_scores)

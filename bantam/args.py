@@ -151,7 +151,15 @@ def peak_lr(self:LearnFields)->float: # Learning rate at the end of the warm-up
 @strict
 class SFTArgs(TrainingArgs):
     "Arguments of supervised fine-tuning on dialogues."
-    template:Literal["bantam", "chatml"]="bantam" # How turns become tokens
+    sft_mode:Literal["lora", "full"]="lora" # Train thin matrices beside frozen ones (LoRA), or every weight
+    lora_r:int=64 # Rank of an adapter
+    lora_alpha:float=96 # An adapter counts `lora_alpha / lora_r` times
+    lora_dropout:float=0.05 # On the input of an adapter
+    lora_target_modules:list[str]|None=None # Layers that get one, such as `qkv_proj`; None is all in the blocks
+    lora_train_tokens:bool=True # Train the rows of the template's control tokens in the word table too
+    stage:Literal["instruct", "tools", "reasoning"]|None=None # Which kind of dialogues is taken and made of the records; None takes them as they are
+    stage_limit:int|None=None # Most dialogues of a stage; None is 50,000, 40,000 or 20,000
+    template:str="bantam" # How turns become tokens: bantam, chatml, llama3, gemma, alpaca, raw, or a YAML file of your own
     schema:Literal["auto", "messages", "prompt", "instruction"]="auto" # Form of the records; `auto` looks at each
     truncation:Literal["turn", "token"]="turn" # Too long: drop whole oldest exchanges, or cut tokens
     mask_user_queries:bool=True # Only answers are targets
@@ -161,13 +169,21 @@ class SFTArgs(TrainingArgs):
     packing:bool=True # Several dialogues share a row, without seeing each other
 
 @patch
+def check(self:SFTArgs)->None:
+    "Refuse what no fine-tuning could follow, on top of what no run could."
+    TrainingArgs.check(self)
+    positive(self, "lora_r", "lora_alpha", "stage_limit")
+    if not 0 <= self.lora_dropout < 1: raise BantamError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+    if self.stage_limit and not self.stage: raise BantamError("stage_limit is set and stage is not; name the stage that it limits")
+
+@patch
 def peak_lr(self:SFTArgs)->float: # Learning rate at the end of the warm-up
     "`lr`, or the default of fine-tuning."
     return 5e-5 if self.lr is None else self.lr
 
 # %% ../nbs/01a_args.ipynb #c239685d
-PATHS = ("dataset", "valid_dataset", "tokenizer", "out_dir", "init_from_checkpoint", "finetune_from", "resume_from_checkpoint")
-NAMES = ("default", "offline", "stdlib", "shakespeare", "chitchat") # Values that are names, not paths
+PATHS = ("dataset", "valid_dataset", "tokenizer", "out_dir", "init_from_checkpoint", "finetune_from", "resume_from_checkpoint", "template")
+NAMES = ("bantam", "chatml", "llama3", "gemma", "alpaca", "raw", "default", "offline", "stdlib", "shakespeare", "chitchat") # Values that are names, not paths
 
 def resolve_paths(values:dict, # A section of a training file
                   folder:Path # Where relative paths start

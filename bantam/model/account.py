@@ -122,7 +122,7 @@ def moments(self:BantamForCausalLM,
     grads,head = 4*P if accum_steps > 1 else 0,4*(V*D + N*D)
     held = dict(weights=4*P, optimizer=state)
     return {"loss": held | dict(gradients=grads, activations=stream) | {"logits and their gradients": logits + head},
-            "way back": held | dict(gradients=4*P, activations=stream/2 if not again else 5*D*N + 2*max(blocks)),
+            "way back": held | dict(gradients=4*P, activations=stream/2 if not again else 5*D*N + 1.25*max(blocks)),
             "optimiser": held | dict(gradients=4*P, activations=0) | {"optimiser's workspace": 10*min(hidden, 2**22)*(state < 8*P)}}
 
 @patch

@@ -29,7 +29,7 @@ MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_at
              qk_norm=True, residual_init="zero")
 TRAIN = dict(seq_len=256, batch_size=16, accum_steps=1, lr=5e-3, muon_lr=2e-2, lr_scheduler="linear", min_lr_ratio=0., warmup_frac=.02, log_every_n=20,
              eval_batches=8, keep_last_k=2, document_mask=True)
-TUNE = dict(lr=2e-3, muon_lr=5e-3, batch_size=16, template="bantam")
+TUNE = dict(lr=2e-3, muon_lr=5e-3, batch_size=16, template="bantam", sft_mode="full")
 MINUTES,SFT_SHARE,RESERVE = 8.5,.15,50. # Time in all; share of the training steps that fine-tune; seconds kept for everything after training
 
 def resolve(corpus:str|None=None, # offline (the default), stdlib, shakespeare, chitchat

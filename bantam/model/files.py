@@ -120,3 +120,9 @@ def from_pretrained(cls:BantamForCausalLM,
     except BantamError as e: raise BantamError(f"{config_file}: {e}") from None
     with torch.device("meta"): model = cls(config)
     return fill(model, read_tensors(file), file)
+
+# %% ../../nbs/3_model/39a_files.ipynb #07b35e8f
+@patch
+def get_input_embeddings(self:BantamForCausalLM)->torch.nn.Module:
+    "The word table."
+    return self.embed_tokens

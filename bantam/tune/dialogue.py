@@ -160,6 +160,10 @@ class MaskView:
             start = end
         return "\n".join(rows)
 
+    def coloured(self)->str:
+        "The same with escapes for a terminal: what is asked is yellow."
+        return "\n".join(f"\x1b[33m{row}\x1b[0m" if row.lstrip().startswith("target") else row for row in repr(self).split("\n"))
+
     def _repr_html_(self)->str:
         box = '<span title="{}" style="background:{};color:#000;border-radius:3px;margin:1px;padding:0 1px">{}</span>'
         def one(i, w):

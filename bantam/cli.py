@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['define', 'trainbpe', 'init', 'shape_of', 'training', 'pretrain', 'continue_pretrain', 'sft', 'report', 'generate',
-           'chat', 'terminal', 'demo', 'main']
+           'demo', 'main']
 
 # %% ../nbs/99_cli.ipynb #e7dc3a9e
 import os
 from pathlib import Path
 
 from .core import BantamError
+import bantam.chat_verbs # makes `chat`
 import bantam.data_verbs # makes `data prepare` and `data preview`
 from .verb import run_cli, show_yaml, verb
 
@@ -187,38 +188,6 @@ def generate(model:Path, # A model folder, a checkpoint, or a run folder
         for piece in pieces(lm, tok, prompt, args, stop=stop, seed=seed): print(piece, end="", flush=True)
         return print()
     for answer in complete(lm, tok, [prompt], args, stop=stop, seed=seed, num_samples=num_samples): print(answer.text)
-
-# %% ../nbs/99_cli.ipynb #f2254c4d
-@verb
-def chat(model:Path, # A model folder, a checkpoint, or a run folder
-         system:str|None=None, # What the model is told before the first turn
-         temperature:float|None=None, # 0 takes the likeliest token
-         max_new_tokens:int|None=None, # Longest answer, in tokens
-         seed:int|None=None, # Same seed, same answers
-         device:str="auto" # auto, cpu, cuda, mps
-        )->None:
-    "Talk with a model in the terminal."
-    from bantam.chat.chat import BantamChat, chat_loop
-    from bantam.decode.generate import GenerationArgs
-    from bantam.train.checkpoint import weights_folder
-    folder,asked = weights_folder(model),dict(temperature=temperature, max_new_tokens=max_new_tokens)
-    how = GenerationArgs.load(folder, **{k: v for k,v in asked.items() if v is not None})
-    talk = BantamChat.from_pretrained(folder, device=device, system=system, seed=seed, generation=how)
-    print(f"{model}: {talk.model.num_parameters():,} parameters. /help lists the commands, Ctrl+C stops an answer, /exit leaves.")
-    chat_loop(talk, *terminal())
-
-def terminal()->tuple: # What `chat_loop` reads with and writes with
-    "A prompt with history, and coloured lines; no colour where the output is not a terminal."
-    from rich.console import Console
-    from rich.text import Text
-    try: import readline # noqa: F401  (gives `input` its history; Windows has none)
-    except ImportError: pass
-    console,styles,fresh = Console(highlight=False, soft_wrap=True),dict(answer="cyan", note="dim", error="red"),[True]
-    def write(text, kind):
-        if kind == "answer" and fresh[0]: console.print("bantam ", end="", style="bold cyan")
-        fresh[0] = text.endswith("\n")
-        console.print(Text(text, style=styles[kind]), end="")
-    return (lambda: input("you    ")),write
 
 # %% ../nbs/99_cli.ipynb #b30023b3
 @verb

@@ -1,12 +1,17 @@
 """Checkpoints under real damage and real kills: what a cell cannot say."""
+import errno
 import logging
+import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bantam.args import TrainingArgs
 from bantam import BantamConfig
@@ -14,19 +19,26 @@ from bantam.core import BantamError
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.tokenizer import BantamTokenizer
 from bantam.text.trainbpe import train_bpe
-from bantam.train.checkpoint import NEEDED, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, verify_checkpoint
+from bantam.train.checkpoint import NEEDED, checkpoints, is_good, load_checkpoint, newest_checkpoint, pointed, save_checkpoint, verify_checkpoint
 from bantam.train.optim import build_optimizer
 
 ARGS = TrainingArgs(lr=.01, keep_last_k=3)
 CONFIG = BantamConfig.from_preset("tiny", vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                   num_attention_heads=2, num_key_value_heads=1)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "bpe_training_args.json")
-FILES = (*NEEDED, *TOKENIZER_FILES, "manifest.json")
+EXTRA = ("average.safetensors", "experts/expert_0.safetensors")
+FILES = (*NEEDED, *TOKENIZER_FILES, *EXTRA, "manifest.json")
 
 
 def fresh(config=CONFIG):
     model = BantamForCausalLM(config)
     return model, build_optimizer(model, ARGS)
+
+
+def extra(folder):
+    "What only some runs have to remember."
+    (folder/"experts").mkdir()
+    for name in EXTRA: save_file(dict(w=torch.arange(300.)), folder/name)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +50,7 @@ def run(tmp_path_factory):
         x_BT = torch.randint(96, (2, 8))
         model(x_BT, targets=x_BT).loss.backward()
         opt.step(); opt.zero_grad()
-        save_checkpoint(folder, step, model, tokenizer, opt, dict(epoch=0), ARGS)
+        save_checkpoint(folder, step, model, tokenizer, opt, dict(epoch=0), ARGS, extra=extra)
     return folder
 
 
@@ -66,7 +78,8 @@ def flip(p, at, bit):
 
 
 def test_the_table_has_every_file(run):
-    assert {p.name for p in newest_checkpoint(run).iterdir()} == set(FILES)
+    newest = newest_checkpoint(run)
+    assert {p.relative_to(newest).as_posix() for p in newest.rglob("*") if p.is_file()} == set(FILES)
 
 
 @pytest.mark.parametrize("harm", [truncate, empty, longer, first_bit, middle_bit, last_bit, zero_page, missing, folder], ids=lambda f: f.__name__)
@@ -96,14 +109,36 @@ def test_files_of_another_checkpoint_do_not_pass(hurt, name):
     with pytest.raises(BantamError, match=name): verify_checkpoint(hurt/"checkpoints"/"step-00000003")
 
 
-def test_swapped_tokenizer(hurt):
-    other = train_bpe(["other words in another order " * 20], vocab_size=340)
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    "A tokenizer, a config and training arguments of another run."
+    folder = tmp_path_factory.mktemp("other")
+    train_bpe(["other words in another order " * 20], vocab_size=340, lowercase=True).save(folder/"tokenizer")
+    model = BantamForCausalLM(CONFIG.replace(rope_theta=500., bos_token_id=5))
+    opt = build_optimizer(model, ARGS.replace(lr=.5))
+    c = save_checkpoint(folder, 3, model, BantamTokenizer.load(folder/"tokenizer"), opt, dict(epoch=1), ARGS.replace(seed=1), extra=extra)
+    return c
+
+
+def test_swapped_tokenizer(run, other):
+    "Both folders are whole, but they do not belong together."
+    model, opt = fresh()
+    before = [t.clone() for t in (*model.parameters(), *opt.state_dict()[0].values())]
+    with pytest.raises(BantamError, match="tokenizer.json is not the tokenizer in use"):
+        load_checkpoint(newest_checkpoint(run), model, opt, BantamTokenizer.load(other))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *opt.state_dict()[0].values())))
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n not in (*EXTRA, "special_tokens_map.json")]) # those are the same in both
+def test_a_file_of_another_run(hurt, other, caplog, name):
+    "Well-formed, but not the one that was written."
     newest = hurt/"checkpoints"/"step-00000003"
-    other.save(hurt/"other")
-    with pytest.raises(BantamError, match="tokenizer.json"): load_checkpoint(newest, *fresh(), other)
-    shutil.copy(hurt/"other"/"tokenizer.json", newest/"tokenizer.json")
-    with pytest.raises(BantamError, match="tokenizer.json"): verify_checkpoint(newest)
-    assert newest_checkpoint(hurt).name == "step-00000002"
+    assert (newest/name).read_bytes() != (other/name).read_bytes(), f"{name} is the same in both runs; the test would show nothing"
+    shutil.copy(other/name, newest/name)
+    named = "bpe_training_args.json" if name == "manifest.json" else name # A foreign list names the first file that is not its own
+    with pytest.raises(BantamError, match=named): load_checkpoint(newest, *fresh())
+    with caplog.at_level(logging.WARNING): assert newest_checkpoint(hurt).name == "step-00000002"
+    assert "NOT USED" in caplog.text
 
 
 @pytest.mark.parametrize("change", [dict(hidden_size=32), dict(num_hidden_layers=2), dict(rope_theta=500.), dict(tie_word_embeddings=False),
@@ -124,6 +159,115 @@ def test_saving_over_damage_heals_the_run(hurt):
     assert [c.name[-1] for c in checkpoints(hurt)] == ["4", "3", "2"]
     for c in checkpoints(hurt): verify_checkpoint(c)
 
+
+# --- how many stay ------------------------------------------------------------------------------------------------------------
+
+def test_keep_one_keeps_two_until_the_new_one_is_whole(tmp_path):
+    "At every act of the file system of every save there are two good ones, once there have been two."
+    model, opt = fresh()
+    seen, acts = [], {n: getattr(os, n) for n in ("fsync", "replace", "unlink")}
+    def watched(name):
+        def act(*a, **kw):
+            done = acts[name](*a, **kw)
+            seen.append(sum(map(is_good, checkpoints(tmp_path))))
+            return done
+        return act
+    for step in range(1, 6):
+        with patch("os.fsync", watched("fsync")), patch("os.replace", watched("replace")), patch("os.unlink", watched("unlink")):
+            save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1))
+        if step == 2: seen.clear()
+    assert len(seen) > 30 and min(seen) == 2 and max(seen) == 3
+    assert [c.name[-1] for c in checkpoints(tmp_path)] == ["5", "4"]
+
+
+def test_a_tagged_checkpoint_stays(tmp_path):
+    model, opt = fresh()
+    for step, tag in enumerate(["early", "early", None, "late", "late", None, None, None], 1):
+        save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1, save_tag=tag))
+    assert [c.name[-1] for c in checkpoints(tmp_path)] == ["8", "7", "5", "2"]
+    assert [pointed(tmp_path, f"tags/{t}").name[-1] for t in ("early", "late")] == ["2", "5"]
+
+
+# --- a full disk --------------------------------------------------------------------------------------------------------------
+
+def after_a_failure(run, good, error):
+    "One line, and everything as it was."
+    assert "\n" not in str(error) and "cannot write" in str(error)
+    for c in good: verify_checkpoint(c)
+    assert newest_checkpoint(run).name >= good[-1].name
+    assert pointed(run, "latest") is not None
+    left = [p for home in (run, run/"checkpoints") for p in home.glob(".*")]
+    assert left == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system with 1 MB."
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    if shutil.which("mount") is None: pytest.skip("there is no `mount` here to make a small disk with")
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if made.returncode: pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk):
+    "With room for so many pages more, from none to enough: each save fails in one line or is whole."
+    run, (model, opt), good, failed = small_disk/"run", fresh(), [], 0
+    args = ARGS.replace(keep_last_k=2)
+    for step in (1, 2): good.append(save_checkpoint(run, step, model, None, opt, dict(epoch=0), args))
+    step = 3
+    for pages in range(0, 60):
+        room = os.statvfs(small_disk)
+        (small_disk/"ballast").write_bytes(bytes((room.f_bavail - pages)*room.f_frsize))
+        try: made = save_checkpoint(run, step, model, None, opt, dict(epoch=0), args)
+        except BantamError as e:
+            failed += 1
+            assert "No space left" in str(e)
+            after_a_failure(run, good, e)
+            made = newest_checkpoint(run)  # a pointer that found no room, after the folder had
+        (small_disk/"ballast").unlink()
+        if made.name == f"step-{step:08d}":
+            step += 1
+            good = sorted(checkpoints(run))
+        if step == 6: break
+    assert failed >= 5 and step == 6
+
+
+@pytest.mark.parametrize("limit", [0, 60, 500, 2000, 5000])
+def test_no_file_may_grow(tmp_path, limit):
+    "The same where nothing can be mounted: the system refuses to write on, at any place of any file."
+    run, (model, opt) = tmp_path, fresh()
+    good = [save_checkpoint(run, step, model, None, opt, dict(epoch=0), ARGS) for step in (1, 2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(BantamError) as e: save_checkpoint(run, 3, model, None, opt, dict(epoch=0), ARGS)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after_a_failure(run, good, e.value)
+    save_checkpoint(run, 3, model, None, opt, dict(epoch=0), ARGS)
+
+
+def test_every_fsync_may_fail(tmp_path):
+    "Disks that buffer say only at `fsync` that they are full."
+    (model, opt), real, n = fresh(), os.fsync, 0
+    good = [save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS) for step in (1, 2)]
+    while True:
+        calls = iter(range(n + 1))
+        def fails(fd):
+            if next(calls, n) == n: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(fd)
+        try:
+            with patch("os.fsync", fails): save_checkpoint(tmp_path, 3, model, None, opt, dict(epoch=0), ARGS)
+        except BantamError as e: after_a_failure(tmp_path, good, e)
+        else: break
+        n += 1
+    assert n > 15
+    verify_checkpoint(tmp_path/"checkpoints"/"step-00000003")
+
+
+# --- kills --------------------------------------------------------------------------------------------------------------------
 
 # A helper that saves without pause in a child process, kills it at a random moment, and looks. It is a process of its own because a process
 # that has used several threads must not fork. The weights say which step they belong to, so a mixture of two saves would be seen.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['softmax', 'attention_probs', 'eager_attention', 'with_sink', 'sdpa_attention', 'check_impl', 'fastest', 'attend',
-           'Heads', 'Attention', 'layer_mask']
+           'Heads', 'turn_one', 'Attention', 'layer_mask']
 
 # %% ../../nbs/3_model/34_attention.ipynb #47101a86
 import torch
@@ -176,6 +176,19 @@ class Heads(nn.Module):
         out_BHTK = attend(q, k, v, mask, self.score, self.sinks, dropout, self.impl)
         return out_BHTK.transpose(1, 2).flatten(2)
 
+# %% ../../nbs/3_model/34_attention.ipynb #25fec27a
+def turn_one(qkv_BTNK:Tensor, # All heads: query, key, value
+             cos:Tensor, # (T,R/2) or (B,T,R/2)
+             sin:Tensor, # The same
+             H:int, # Query heads
+             G:int # Key heads, and as many value heads
+            )->tuple: # q (B,H,T,K), k and v (B,G,T,K)
+    "`rotary_heads` without a gradient, in few operations, where all features turn."
+    qk,v = qkv_BTNK[:,:,:H+G],qkv_BTNK[:,:,H+G:]
+    cos,sin = torch.cat([cos, cos], -1).unsqueeze(-2),torch.cat([-sin, sin], -1).unsqueeze(-2)
+    qk = (qk.float()*cos).addcmul_(qk.roll(qk.shape[-1]//2, -1), sin).to(v.dtype)
+    return qk[:,:,:H].transpose(1, 2),qk[:,:,H:].transpose(1, 2),v.transpose(1, 2)
+
 # %% ../../nbs/3_model/34_attention.ipynb #4d953e97
 @patch
 def turned(self:Heads,
@@ -185,8 +198,9 @@ def turned(self:Heads,
           )->tuple: # q (B,H,T,K), k and v (B,G,S,K)
     "Positions in, cached tokens before the new ones."
     (H,G,K),late = self.shape,self.moves and cache is not None
-    table = angles.of(K, self.config)
+    table,single = angles.of(K, self.config),qkv_BTNK.shape[1] == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if table is None or late: q,k,v = (t.transpose(1, 2) for t in qkv_BTNK.split([H, G, G], 2))
+    elif single and 2*table[0].shape[-1] == K: q,k,v = turn_one(qkv_BTNK, *table, H, G)
     else: q,k,v = rotary_heads(qkv_BTNK, *table, H, G)
     if cache is None: return q, k, v
     places = cache.places(self.slot, q.shape[2]) if late else None

@@ -39,7 +39,8 @@ def tools_named(names:list|None, # Of `TOOLS`
 
 # %% ../nbs/98e_chat_verbs.ipynb #22415f44
 @verb
-def chat(model:Path, # A model folder, a checkpoint, or a run folder
+def chat(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
+         base:Path|None=None, # Where the model is an adapter: its base, when the adapter does not name it
          system:str|None=None, # What the model is told before the first turn
          template:str|None=None, # How turns are written (bantam, chatml, raw, ...); none takes the tokenizer's
          tools:list[str]|None=None, # What it may call: calculator, python, search, browse; may be repeated
@@ -56,12 +57,13 @@ def chat(model:Path, # A model folder, a checkpoint, or a run folder
     from bantam.chat.chat import BantamChat, GenerationArgs
     from bantam.chat.terminal import chat_loop
     from bantam.train.checkpoint import weights_folder
+    from bantam.tune.lora import is_adapter
     made,asked = tools_named(tools, search_url, allow),dict(temperature=temperature, max_new_tokens=max_new_tokens)
     if made: asked |= dict(repetition_penalty=1., no_repeat_ngram_size=0) # a call repeats what the user said
-    folder = weights_folder(model)
+    folder = model if is_adapter(model) else weights_folder(model)
     how = GenerationArgs.load(folder, **{k: v for k,v in asked.items() if v is not None})
     if constrain and not made: raise BantamError("--constrain holds tool calls to their form; add --tools")
-    talk = BantamChat.from_pretrained(folder, device=device, template=template, tools=made, system=system, seed=seed, generation=how,
+    talk = BantamChat.from_pretrained(folder, device=device, base=base, template=template, tools=made, system=system, seed=seed, generation=how,
                                       show_thinking=think, constrain=json_form() if constrain else None)
     print(f"{model}: {talk.model.num_parameters():,} parameters. /help lists the commands, Ctrl+C stops an answer, /exit leaves.")
     chat_loop(talk, *terminal())

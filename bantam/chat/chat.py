@@ -22,6 +22,7 @@ from ..runtime import pick_device
 from ..text.messages import answer_text, as_json
 from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
+from ..tune.lora import from_adapter, is_adapter
 
 # %% ../../nbs/7_chat/72_chat.ipynb #15473138
 def fit(messages:list, # The conversation, the newest user turn last
@@ -83,10 +84,13 @@ class BantamChat:
     def from_pretrained(cls,
                         folder, # A model's folder: weights, tokenizer, generation defaults
                         device:str="auto", # Where to run
+                        base=None, # Where `folder` is an adapter: its base model; None takes what the adapter names
                         **options # Those of `BantamChat`
                        ):
-        "A chat with the model in `folder`, with the model's own defaults."
-        model = BantamForCausalLM.from_pretrained(folder).to(pick_device(device))
+        "A chat with the model in `folder`, with the model's own defaults; an adapter is merged into its base."
+        if base is not None and not is_adapter(folder): raise BantamError(f"{folder} is no adapter, so it has no base")
+        model = from_adapter(folder, base) if is_adapter(folder) else BantamForCausalLM.from_pretrained(folder)
+        model = model.to(pick_device(device))
         options.setdefault("generation", GenerationArgs.load(folder))
         return cls(model, BantamTokenizer.load(folder), **options)
 

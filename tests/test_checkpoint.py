@@ -116,7 +116,8 @@ def other(tmp_path_factory):
     train_bpe(["other words in another order " * 20], vocab_size=340, lowercase=True).save(folder/"tokenizer")
     model = BantamForCausalLM(CONFIG.replace(rope_theta=500., bos_token_id=5))
     opt = build_optimizer(model, ARGS.replace(lr=.5))
-    c = save_checkpoint(folder, 3, model, BantamTokenizer.load(folder/"tokenizer"), opt, dict(epoch=1), ARGS.replace(seed=1), extra=extra)
+    for step in (1, 2, 3):  # the third one, so that a foreign manifest says as well that it is the newest
+        c = save_checkpoint(folder, step, model, BantamTokenizer.load(folder/"tokenizer"), opt, dict(epoch=1), ARGS.replace(seed=1), extra=extra)
     return c
 
 

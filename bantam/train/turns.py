@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..args import TrainingArgs
@@ -28,7 +27,7 @@ from ..runtime import seed_everything
 from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from .checkpoint import newest_checkpoint, weights_folder
-from .experts import alone, config_of, expert_file, is_split, join_experts, num_experts, on_demand, routed, shapes_of, split_experts, write_parts
+from .experts import alone, config_of, expert_file, is_split, join_experts, num_experts, on_demand, piece, routed, shapes_of, split_experts, write_parts
 from .pretrain import load_tokenizer, loaders
 from .step import measure
 from .trainer import Trainer, check_same_run
@@ -121,7 +120,7 @@ def teach(path:Path, # File of an expert
          )->None:
     "Add to an expert on the disk, with one matrix in memory."
     new = path.with_suffix(".new")
-    with safe_open(path, "pt") as f: write_parts(new, shapes_of(path), lambda n: [f.get_tensor(n) + learned(n)])
+    write_parts(new, shapes_of(path), lambda n: [piece(path, n) + learned(n)])
     os.replace(new, path)
 
 @patch
@@ -131,9 +130,8 @@ def sit(self:OneExpertLM,
        )->None:
     "Read an expert into the seat."
     self.active = i
-    with safe_open(expert_file(self.waiting, i), "pt") as f:
-        for n,t in self.state_dict().items():
-            if routed(n): t.copy_(f.get_tensor(n))
+    for n,t in self.state_dict().items():
+        if routed(n): t.copy_(piece(expert_file(self.waiting, i), n))
 
 @patch
 @torch.no_grad()
@@ -143,9 +141,8 @@ def change(self:OneExpertLM,
           )->None:
     "Put the expert in memory back, and read another."
     mine,start = self.mine(),expert_file(self.waiting, self.active)
-    with safe_open(start, "pt") as before:
-        for i in range(self.E):
-            if share and i != self.active: teach(expert_file(self.waiting, i), lambda n: share*(mine[n] - before.get_tensor(n)))
+    for i in range(self.E):
+        if share and i != self.active: teach(expert_file(self.waiting, i), lambda n: share*(mine[n] - piece(start, n)))
     write_tensors(mine, start)
     if to != self.active: self.sit(to)
 

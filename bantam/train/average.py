@@ -9,6 +9,7 @@ __all__ = ['decay_of', 'newest_share', 'moving_tensors', 'WeightAverage']
 from contextlib import contextmanager
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import BantamError
@@ -68,16 +69,19 @@ class WeightAverage:
         finally:
             for n,t in now.items(): t.copy_(own[n])
 
-    def state_dict(self)->dict: # {name: tensor}, for a safetensors file
-        "The averages, and how many steps are in them."
-        return self.tensors | dict(steps=torch.tensor(self.steps))
+# %% ../../nbs/4_train/40c_average.ipynb #b81acc07
+@patch
+def state_dict(self:WeightAverage)->dict: # {name: tensor}, for a safetensors file
+    "The averages, and how many steps are in them."
+    return self.tensors | dict(steps=torch.tensor(self.steps))
 
-    def load_state_dict(self,
-                        tensors:dict # From `state_dict`
-                       )->None:
-        "Go on from there; what belongs to another model is refused by name."
-        for n,t in self.state_dict().items():
-            if n not in tensors: raise BantamError(f"average of the weights: tensor '{n}' is missing; resume with the ema_half_life that the run began with")
-            if tensors[n].shape != t.shape: raise BantamError(f"average of the weights: '{n}' is {tuple(tensors[n].shape)}, the model needs {tuple(t.shape)}")
-        for n,t in self.tensors.items(): t.copy_(tensors[n])
-        self.steps = int(tensors["steps"])
+@patch
+def load_state_dict(self:WeightAverage,
+                    tensors:dict # From `state_dict`
+                   )->None:
+    "Go on from there; what belongs to another model is refused by name."
+    for n,t in self.state_dict().items():
+        if n not in tensors: raise BantamError(f"average of the weights: tensor '{n}' is missing; resume with the ema_half_life that the run began with")
+        if tensors[n].shape != t.shape: raise BantamError(f"average of the weights: '{n}' is {tuple(tensors[n].shape)}, the model needs {tuple(t.shape)}")
+    for n,t in self.tensors.items(): t.copy_(tensors[n])
+    self.steps = int(tensors["steps"])

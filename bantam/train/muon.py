@@ -10,7 +10,8 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import Tensor
 
 from ..runtime import has_bf16
 
@@ -113,32 +114,39 @@ class Muon:
         "What of a batch moves in this step."
         return [r for r in batch if self.params[r.index].grad is not None]
 
-    def remember(self,
-                 lr:float # Learning rate, for the decay
-                )->None:
-        "Take the gradients into the averages, and let the weights decay."
-        live = [i for i,p in enumerate(self.params) if p.grad is not None]
-        if not live: return
-        torch._foreach_lerp_([self.averages[i] for i in live], [self.params[i].grad for i in live], 1-self.momentum)
-        if self.decay: torch._foreach_mul_([self.params[i] for i in live], 1 - lr*self.decay)
-        if self.counts: torch._foreach_add_([self.counts[i] for i in live], 1)
-
-    def directions(self,
-                   runs:list # From `live`
-                  )->Tensor: # (N,r,C) with r <= C: an orthogonal matrix for each part, tall ones on their side
-        "What Newton-Schulz makes of the momentum, one step ahead."
-        grads,averages = ([r.of(t) for r,t in zip(runs, ts)] for ts in zip(*((self.params[r.index].grad.contiguous(), self.averages[r.index]) for r in runs)))
-        if self.counts: averages = torch._foreach_div(averages, [1 - self.momentum**self.counts[r.index].item() for r in runs])
-        ahead = torch._foreach_lerp(grads, averages, self.momentum)
-        flat = torch.cat([a.mT if a.shape[1] > a.shape[2] else a for a in ahead])
-        return newton_schulz(flat, self.triples, self.dtype, self.eps)
-
-    def move(self,
-             runs:list, # From `live`
-             directions_NRC:Tensor, # From `directions`
-             lr:float # Learning rate
+# %% ../../nbs/4_train/40a_muon.ipynb #cb249f66
+@patch
+@torch.no_grad()
+def remember(self:Muon,
+             lr:float # Learning rate, for the decay
             )->None:
-        "Take the step."
-        for r,d in zip(runs, directions_NRC.split([r.count for r in runs])):
-            w = r.of(self.params[r.index])
-            w.add_(d.mT if w.shape[1] > w.shape[2] else d, alpha=-lr*step_factor(*w.shape[1:], self.matched))
+    "Take the gradients into the averages, and let the weights decay."
+    live = [i for i,p in enumerate(self.params) if p.grad is not None]
+    if not live: return
+    torch._foreach_lerp_([self.averages[i] for i in live], [self.params[i].grad for i in live], 1-self.momentum)
+    if self.decay: torch._foreach_mul_([self.params[i] for i in live], 1 - lr*self.decay)
+    if self.counts: torch._foreach_add_([self.counts[i] for i in live], 1)
+
+@patch
+@torch.no_grad()
+def directions(self:Muon,
+               runs:list # From `live`
+              )->Tensor: # (N,r,C) with r <= C: an orthogonal matrix for each part, tall ones on their side
+    "What Newton-Schulz makes of the momentum, one step ahead."
+    grads,averages = ([r.of(t) for r,t in zip(runs, ts)] for ts in zip(*((self.params[r.index].grad.contiguous(), self.averages[r.index]) for r in runs)))
+    if self.counts: averages = torch._foreach_div(averages, [1 - self.momentum**self.counts[r.index].item() for r in runs])
+    ahead = torch._foreach_lerp(grads, averages, self.momentum)
+    flat = torch.cat([a.mT if a.shape[1] > a.shape[2] else a for a in ahead])
+    return newton_schulz(flat, self.triples, self.dtype, self.eps)
+
+@patch
+@torch.no_grad()
+def move(self:Muon,
+         runs:list, # From `live`
+         directions_NRC:Tensor, # From `directions`
+         lr:float # Learning rate
+        )->None:
+    "Take the step."
+    for r,d in zip(runs, directions_NRC.split([r.count for r in runs])):
+        w = r.of(self.params[r.index])
+        w.add_(d.mT if w.shape[1] > w.shape[2] else d, alpha=-lr*step_factor(*w.shape[1:], self.matched))

@@ -1,4 +1,5 @@
 """The command line: what it does from end to end on a tiny model, and what it says to bad input."""
+import io
 import json
 import os
 import subprocess
@@ -194,6 +195,21 @@ with tempfile.TemporaryDirectory() as _d: CASES = list(bad(Path(_d), Path(_d))) 
 
 
 def test_there_are_many(): assert len(CASES) >= 40
+
+
+def test_generate_with_beams_draft_log_and_lines(world, capfd, tmp_path, monkeypatch):
+    gen = ["generate", "--model", world/"run", "--max-new-tokens", 8, "--temperature", 0]
+    code, plain, _ = cli(capfd, *gen, "--prompt", "The hen")
+    assert code == 0
+    code, guessed, err = cli(capfd, *gen, "--prompt", "The hen", "--draft", world/"run", "--log", tmp_path/"log.jsonl")
+    assert (code, guessed) == (0, plain) and "guesses kept" in err
+    line, = map(json.loads, (tmp_path/"log.jsonl").read_text().splitlines())
+    assert line["text.prompt"] == "The hen" and line["text.output"] == plain.removesuffix("\n") and line["params.temperature"] == 0 and line["metrics.latency_ms"] > 0
+    code, out, _ = cli(capfd, "generate", "--model", world/"run", "--max-new-tokens", 8, "--prompt", "The hen", "--num-beams", 2, "--num-samples", 2)
+    assert code == 0 and out.count("\n") >= 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("The hen\n\nThe hen\n"))
+    code, out, _ = cli(capfd, *gen, "--interactive", "--precision", "fp32")
+    assert (code, out) == (0, plain*2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -43,7 +43,8 @@ def stop_signals(trainer # Its `stop` becomes the name of the signal; its `args.
 
 # %% ../../nbs/4_train/44c_interrupt.ipynb #a37e73d7
 MAY_CHANGE = {"out_dir", "run_name", "device", "resume_from_checkpoint", "init_from_checkpoint", "finetune_from", "tokenizer", "log_every_n",
-              "log_format", "log_loss_to_csv", "log_norms", "trackers", "wandb", "save_every_n", "save_tag", "keep_last_k", "interruptible",
+              "log_format", "log_loss_to_csv", "log_norms", "trackers", "wandb", "save_every_n", "save_on_improve", "improve_delta", "save_tag", "keep_last_k",
+              "interruptible",
               "num_workers", "pin_memory", "persistent_workers"}
 
 def check_same_run(args:TrainingArgs, # Of the run that shall go on

@@ -21,7 +21,8 @@ def accumulate(model:nn.Module, # Its gradients are added to
                device:torch.device, # Where the model lives
                precision:str="fp32", # Of the matrix products
                scale:float=1., # Factor on the gradients, against float16's small range
-               before_each:Callable=lambda: None # Called before every micro-batch; what it raises ends the step
+               before_each:Callable=lambda: None, # Called before every micro-batch; what it raises ends the step
+               on_empty:Callable=lambda: None # Called for every micro-batch without a target, in a step that has some
               )->Tensor: # The step's loss, not yet fetched from the device; NaN when nothing is a target
     "Loss and gradients of the batch that the micro-batches are parts of."
     weights = [b.weight() for b in batches]
@@ -30,7 +31,7 @@ def accumulate(model:nn.Module, # Its gradients are added to
     loss = torch.zeros((), device=device)
     for batch,weight in zip(batches, weights):
         before_each()
-        if weight == 0: continue
+        if weight == 0: on_empty(); continue
         with autocast(device, precision): part = model(**batch.to(device).model_inputs()).loss * (weight/total)
         (part * scale).backward()
         loss += part.detach()
@@ -75,17 +76,19 @@ def take_step(optimizer, # From `build_optimizer`
               loss:Tensor, # The step's loss, from `accumulate`
               lr_scale:float=1., # What the schedule says
               grad_clip:float=0., # Longest gradient; 0 does not clip
-              scaler:LossScaler|None=None # The factor that the gradients carry
+              scaler:LossScaler|None=None, # The factor that the gradients carry
+              lets:Callable=lambda loss, norm: True # May a step with these finite numbers be taken?
              )->tuple[float,float,bool]: # Loss, length of the gradient before clipping, and whether the step was taken
-    "Clip, update and forget the gradients; when loss or gradient is not finite, change nothing."
+    "Clip, update and forget the gradients; when loss or gradient is not finite, or the step is not let through, change nothing."
     scaler = scaler or LossScaler(on=False)
     scaler.unscale(optimizer.params)
     norm,loss = optimizer.clip_grad_norm(grad_clip),loss.item()
     finite = math.isfinite(norm) and math.isfinite(loss)
-    if finite: optimizer.step(lr_scale)
+    taken = finite and lets(loss, norm)
+    if taken: optimizer.step(lr_scale)
     scaler.update(finite)
     optimizer.zero_grad()
-    return loss,norm,finite
+    return loss,norm,taken
 
 # %% ../../nbs/4_train/44a_step.ipynb #42d01f55
 def byte_lengths(tokenizer # A `BantamTokenizer`

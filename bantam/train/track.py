@@ -52,18 +52,19 @@ def csv_line(row:dict # A full row
     return ",".join("" if row[k] is None else str(row[k]) for k in CSV_COLUMNS) + "\n"
 
 class RunLog:
-    "`logs/metrics.jsonl`, `logs/samples.jsonl` and `logs/loss.csv` of a run folder."
+    "`logs/metrics.jsonl`, `logs/samples.jsonl`, `logs/norms.jsonl` and `logs/loss.csv` of a run folder."
     def __init__(self,
                  out_dir, # The run folder
                  step:int=0, # Where the run stands: later rows are cut off
-                 csv:bool=True # Write `loss.csv` too
+                 csv:bool=True, # Write `loss.csv` too
+                 norms:bool=False # Write `norms.jsonl` too
                 ):
         folder = Path(out_dir)/"logs"
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder) # What a killed run had begun to write here
-        self.rows,self.samples = (read_log(folder/f, step) for f in ("metrics.jsonl", "samples.jsonl"))
-        texts = {"metrics.jsonl": "".join(json.dumps(r)+"\n" for r in self.rows),
-                 "samples.jsonl": "".join(json.dumps(r)+"\n" for r in self.samples)}
+        self.rows,self.samples,self.norms = (read_log(folder/f, step) for f in ("metrics.jsonl", "samples.jsonl", "norms.jsonl"))
+        kept = {"metrics.jsonl": self.rows, "samples.jsonl": self.samples} | ({"norms.jsonl": self.norms} if norms or self.norms else {})
+        texts = {name: "".join(json.dumps(r)+"\n" for r in rows) for name,rows in kept.items()}
         if csv: texts["loss.csv"] = ",".join(CSV_COLUMNS) + "\n" + "".join(map(csv_line, self.rows))
         for name,text in texts.items(): write_durable(folder/name, text)
         self.files = {name: open(folder/name, "a", encoding="utf-8", newline="\n") for name in texts}
@@ -88,6 +89,13 @@ class RunLog:
         "Append a sample of generated text."
         self.samples.append(dict(step=step, text=text))
         self._append("samples.jsonl", json.dumps(self.samples[-1]) + "\n")
+
+    def write_norms(self,
+                    row:dict # `step`, `weights` and `activations`
+                   )->None:
+        "Append the sizes of weights and activations."
+        self.norms.append(row)
+        self._append("norms.jsonl", json.dumps(row) + "\n")
 
     def sync(self)->None:
         "Return only when every row is on the disk: a checkpoint that follows can rely on the log before it."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'ROLES', 'CALL', 'SHAREGPT', 'as_json', 'check_call', 'check_message', 'check_messages', 'call_json',
-           'answer_text', 'read_call', 'as_message']
+           'answer_text', 'as_message']
 
 # %% ../../nbs/1_text/12b_messages.ipynb #5dad544b
 import json
@@ -86,13 +86,6 @@ def answer_text(m:dict # A checked message of role `tool`
                )->str:
     "A tool's answer as it stands in its turn: JSON where it has an `id`, its content as it is where it has none."
     return as_json({k: m[k] for k in ("id", "content", "error") if k in m}) if "id" in m else m["content"]
-
-def read_call(text:str # What a model wrote between the two
-             )->dict: # `name`, `arguments`, `id`
-    "The call that a text spells, or a `BantamError`."
-    try: call = json.loads(text, parse_constant=lambda c: 1/0)
-    except (ValueError, RecursionError, ZeroDivisionError): raise BantamError(f"the tool call is not JSON: {text!r:.80}") from None
-    return check_call(call)
 
 # %% ../../nbs/1_text/12b_messages.ipynb #5a60bbf7
 SHAREGPT = dict(human="user", gpt="assistant", function_response="tool", observation="tool", tool_response="tool")

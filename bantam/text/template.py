@@ -190,9 +190,9 @@ def encode(self:ChatTemplate,
     if add_generation_prompt and include_eos:
         raise BantamError("nothing is generated after EOS; ask for a generation prompt or for EOS")
     for token in self.tokens: self.control_id(token, tokenizer)
-    roles = ["assistant" if m["role"] == "agent" else m["role"] for m in messages] if isinstance(messages, (list, tuple)) else []
-    out = Encoded(roles=roles + ["assistant"]*add_generation_prompt)
-    for p in self.pieces(messages, add_generation_prompt):
+    pieces = self.pieces(messages, add_generation_prompt)
+    out = Encoded(roles=["assistant" if m["role"] == "agent" else m["role"] for m in messages] + ["assistant"]*add_generation_prompt)
+    for p in pieces:
         out.add([self.control_id(p.text, tokenizer)] if p.control else tokenizer.encode(p.text), p.turn, p.part)
     if include_eos: out.add([tokenizer.eos_id], -1)
     return out

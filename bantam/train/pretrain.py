@@ -9,8 +9,10 @@ __all__ = ['records_of', 'tokenised_side', 'encoded', 'loaders', 'load_tokenizer
 from pathlib import Path
 
 from ..args import TrainingArgs
+from ..data_args import HUB_KEYS
 from ..core import BantamError, digest, new_folder, read_json, write_json
 from ..data.loader import Loader
+from ..data.mixture import Source, open_records
 from ..data.pack import Shards, encode_records, write_shards
 from ..data.rows import text_rows
 from ..data.sources import CORPORA, open_source
@@ -27,7 +29,9 @@ def records_of(args:TrainingArgs, # Names `dataset` and perhaps `valid_dataset`
                split:str # `train` or `valid`
               ): # Records, read lazily
     "The documents of one side of the run."
-    if not args.dataset: raise BantamError("dataset is not set; name files, folders, or a corpus (offline, stdlib, shakespeare, chitchat)")
+    if not (args.dataset or args.use_hf): raise BantamError("dataset is not set; name files, folders, or a corpus (offline, stdlib, shakespeare, chitchat), or set use_hf")
+    if args.use_hf and (split == "train" or not args.valid_dataset):
+        return open_records(Source(**{k: getattr(args, k) for k in HUB_KEYS}), split, 0. if args.valid_dataset else args.valid_fraction, args.seed)
     if not args.valid_dataset: return open_source(args.dataset, split, args.valid_fraction, args.dataset_text_field)
     source = args.dataset if split == "train" else args.valid_dataset
     return open_source(source, split if isinstance(source, str) and source in CORPORA else "train", 0., args.dataset_text_field)
@@ -38,6 +42,7 @@ def tokenised_side(args:TrainingArgs, # `dataset`, perhaps `valid_dataset` and `
                    tokenizer:BantamTokenizer # Must have made the ids
                   ): # `Shards` or `TokenFiles`; None when the data are text
     "One side of a run whose data are tokens already."
+    if args.use_hf and (split == "train" or not args.valid_dataset): return None
     if split == "train" or not args.valid_dataset: return tokenised(args.dataset, tokenizer, split, args.dataset_dtype)
     return tokenised(args.valid_dataset, tokenizer, "train", args.dataset_dtype)
 
@@ -50,13 +55,14 @@ def encoded(args:TrainingArgs, # Names the data and `out_dir`
     ready = tokenised_side(args, split, tokenizer)
     if ready: return ready
     folder = Path(args.out_dir)/"data"/split
-    made_by = dict(data=digest([args.dataset, args.valid_dataset, args.valid_fraction, args.dataset_text_field]), tokenizer=tokenizer.fingerprint, template=template.name,
+    hub = [getattr(args, k) for k in HUB_KEYS] + [args.seed]*(args.shuffle_buffer_size > 0) if args.use_hf else []
+    made_by = dict(data=digest([args.dataset, args.valid_dataset, args.valid_fraction, args.dataset_text_field, *hub]), tokenizer=tokenizer.fingerprint, template=template.name,
                    min_sample_token_length=args.min_sample_token_length)
     note = folder.parent/f"{split}.json"
     if (folder/"manifest.json").exists() and note.exists() and read_json(note) == made_by: return Shards(folder, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_shards(encode_records(records_of(args, split), tokenizer, template), folder, tokenizer, min_sample_token_length=args.min_sample_token_length,
-                 source=str(args.valid_dataset if split == "valid" and args.valid_dataset else args.dataset))
+                 source=str(args.valid_dataset if split == "valid" and args.valid_dataset else args.hf_name or args.dataset))
     write_json(note, made_by)
     return Shards(folder, tokenizer, verify=False)
 

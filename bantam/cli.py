@@ -138,24 +138,29 @@ def continue_pretrain(model:Path, # A model folder, a checkpoint, or a run folde
 def sft(model:Path|None=None, # A base model: its folder, a checkpoint, or a run folder
         config:Path|None=None, # Training file (training_args with sft_args over them)
         dataset:str|None=None, # Dialogues: files, folders, or a named corpus
+        stage:str|None=None, # What to learn: instruct, tools, reasoning; has an offline data set
+        mode:str|None=None, # lora (thin matrices beside frozen ones), or full (every weight)
+        template:str|None=None, # How turns are written: bantam, chatml, llama3, gemma, alpaca, raw, or a YAML file
         out:Path|None=None, # The run folder
         resume_from:Path|None=None, # Go on with an interrupted run: its folder, or a checkpoint
         device:str|None=None, # auto, cpu, cuda, mps
-        seed:int|None=None, # Of data order and samples
+        seed:int|None=None, # Of data order, adapters and samples
         set:list[str]|None=None, # sft_args.key=value
         print_config:bool=False # Show the resolved settings and run nothing
        )->None:
     "Fine-tune a model on dialogues."
     from bantam.args import SFTArgs
-    args,_ = training(SFTArgs, config, set, dataset=dataset, out_dir=out, finetune_from=model, resume_from_checkpoint=resume_from, device=device, seed=seed)
+    args,_ = training(SFTArgs, config, set, dataset=dataset, stage=stage, sft_mode=mode, template=template, out_dir=out, finetune_from=model,
+                      resume_from_checkpoint=resume_from, device=device, seed=seed)
     if print_config: return show_yaml(dict(sft_args=args.to_dict()))
-    from bantam.tune.sft import sft
-    report(sft(args))
+    from bantam.tune.stages import tune
+    report(tune(args))
 
 def report(result:dict # What a run returned
           )->None:
-    "The last line of a run: where the model is."
-    print(f"model: {result['model']}")
+    "The last lines of a run: where the model is, and the adapter where there is one."
+    for what in ("model", "adapter"):
+        if what in result: print(f"{what}: {result[what]}")
 
 # %% ../nbs/99_cli.ipynb #b30023b3
 @verb

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
+from fastcore.basics import patch
+
 from .tools import Tool, tool
 from ..core import BantamError
 
@@ -27,10 +29,15 @@ def place(url:str # An address
 def places(allow:list # Hosts, with or without a port
           )->set: # of `host:port`
     "The list of hosts, spelled out."
-    if isinstance(allow, str) or not allow: raise BantamError("the browser needs a list of at least one host that it may open, such as ['example.org']")
+    if isinstance(allow, str) or not allow:
+        raise BantamError("the browser needs a list of at least one host that it may open, "
+                          "such as ['example.org']")
     for a in allow:
-        if not isinstance(a, str) or "/" in a or "@" in a or "*" in a or not a.strip(): raise BantamError(f"an allowed host is written like example.org or example.org:8080, not {a!r:.80}")
-    found = {p for a in allow for p in ([place(f"http://{a}")] if ":" in a else [f"{a.lower()}:80", f"{a.lower()}:443"])}
+        if not isinstance(a, str) or not a.strip() or {*"/@*"} & {*a}:
+            raise BantamError("an allowed host is written like example.org or example.org:8080, "
+                              f"not {a!r:.80}")
+    both = lambda a: [place(f"http://{a}")] if ":" in a else [f"{a.lower()}:80", f"{a.lower()}:443"]
+    found = {p for a in allow for p in both(a)}
     if "" in found: raise BantamError(f"cannot read the list of allowed hosts: {allow!r:.200}")
     return found
 
@@ -45,69 +52,97 @@ class Browser:
                  chromium:str|None=None # The program; None looks for an installed one
                 ):
         if find_spec("playwright") is None:
-            raise BantamError("the browser needs playwright, which is not installed; install it with pip install 'bantam-lm[tools]'")
-        self.allowed,self.seconds,self.max_chars,self.max_bytes = places(allow),seconds,max_chars,max_bytes
-        names = "chromium", "chromium-browser", "google-chrome"
-        self.chromium = chromium or next((p for n in names if (p := shutil.which(n))), None) # None: Playwright's own
+            raise BantamError("the browser needs playwright, which is not installed; "
+                              "install it with pip install 'bantam-lm[tools]'")
+        self.allowed,self.seconds,self.stopped = places(allow),seconds,[]
+        self.max_chars,self.max_bytes = max_chars,max_bytes
+        found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+        self.chromium = chromium or next(filter(None, found), None) # None: Playwright's own
 
-    def read(self,
-             url:str # A page of an allowed host
-            )->str: # Its title, address and text
-        "The text of a page; a `BantamError` says why not."
-        if place(url) not in self.allowed:
-            hosts = ", ".join(sorted({a.rsplit(":", 1)[0] for a in self.allowed}))
-            raise BantamError(f"{url!r:.200} is not on the list of allowed hosts ({hosts})")
-        with ThreadPoolExecutor(1) as pool: return pool.submit(self._visit, url).result()
+# %% ../../nbs/7_chat/70c_browser.ipynb #b5485437
+@patch
+def read(self:Browser,
+         url:str # A page of an allowed host
+        )->str: # Its title, address and text
+    "The text of a page; a `BantamError` says why not."
+    if place(url) not in self.allowed:
+        hosts = ", ".join(self.hosts())
+        raise BantamError(f"{url!r:.200} is not on the list of allowed hosts ({hosts})")
+    with ThreadPoolExecutor(1) as pool: return pool.submit(self._visit, url).result()
 
-    def _visit(self, url):
-        from playwright.sync_api import Error, sync_playwright
-        hosts = sorted({a.rsplit(":", 1)[0] for a in self.allowed})
-        walls = ["--host-resolver-rules=MAP * ~NOTFOUND , " + " , ".join(f"EXCLUDE {h}" for h in hosts), "--no-proxy-server",
-                 "--force-webrtc-ip-handling-policy=disable_non_proxied_udp", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-        with sync_playwright() as p:
-            try: browser = p.chromium.launch(executable_path=self.chromium, args=walls, ignore_default_args=["--disable-popup-blocking"])
-            except Error as e: raise BantamError(f"cannot start Chromium: {e.message.splitlines()[0]}") from None
-            try: return self._text(browser, url)
-            except Error as e: raise BantamError(self.why(url, e.message)) from None
-            finally: browser.close()
+@patch
+def hosts(self:Browser)->list:
+    "The names of the allowed hosts."
+    return sorted({a.rsplit(":", 1)[0] for a in self.allowed})
 
-    def _text(self, browser, url):
-        context = browser.new_context(accept_downloads=False, service_workers="block")
-        context.set_default_timeout(self.seconds * 1000)
-        page,self.stopped,loaded = context.new_page(),[],0
-        context.on("page", lambda other: other.close())
-        context.route("**/*", lambda r: r.continue_() if place(r.request.url) in self.allowed else r.abort()) # of other windows too
-        context.route_web_socket("**/*", lambda ws: ws.close())
-        client = context.new_cdp_session(page)
-        def paused(event):
-            fine = place(event["request"]["url"]) in self.allowed
-            if not fine: self.stopped.append(event["request"]["url"])
-            what = dict(requestId=event["requestId"]) | ({} if fine else dict(errorReason="BlockedByClient"))
-            client.send("Fetch.continueRequest" if fine else "Fetch.failRequest", what)
-        def received(event):
-            nonlocal loaded
-            loaded += event["dataLength"]
-            if loaded > self.max_bytes: self.stopped.append("size"); client.send("Page.stopLoading")
-        client.on("Fetch.requestPaused", paused); client.on("Network.dataReceived", received)
-        client.send("Network.enable"); client.send("Fetch.enable", dict(patterns=[dict(urlPattern="*")]))
-        answer = page.goto(url, wait_until="load")
-        if "size" in self.stopped: raise BantamError(f"the page loads more than {self.max_bytes} bytes")
-        if answer and answer.status >= 400: raise BantamError(f"{place(url)} answered {answer.status}")
-        if place(page.url) not in self.allowed: raise BantamError(f"the page led away, to {page.url!r:.200}")
-        title,text = page.locator("title").first,page.locator("body").inner_text()
-        name = title.text_content() if title.count() else ""
-        shown = text if len(text) <= self.max_chars else f"{text[:self.max_chars]} [cut: {len(text)-self.max_chars} more characters]"
-        return f"{' '.join(name.split())[:200]}\n{page.url[:500]}\n\n{shown}"
+@patch
+def _visit(self:Browser, url):
+    "Start a browser between the walls, read, close it."
+    from playwright.sync_api import Error, sync_playwright
+    rules = ["MAP * ~NOTFOUND", *(f"EXCLUDE {h}" for h in self.hosts())]
+    walls = [f"--host-resolver-rules={' , '.join(rules)}", "--no-proxy-server",
+             "--force-webrtc-ip-handling-policy=disable_non_proxied_udp"]
+    if os.geteuid() == 0: walls.append("--no-sandbox") # Chromium refuses to run as root otherwise
+    with sync_playwright() as p:
+        try:
+            browser = p.chromium.launch(executable_path=self.chromium, args=walls,
+                                        ignore_default_args=["--disable-popup-blocking"])
+        except Error as e:
+            raise BantamError(f"cannot start Chromium: {e.message.splitlines()[0]}") from None
+        try: return self._text(browser, url)
+        except Error as e: raise BantamError(self.why(url, e.message)) from None
+        finally: browser.close()
 
-    def why(self,
-            url:str, # What was asked for
-            message:str # What Playwright says
-           )->str:
-        "An error in one line."
-        if "size" in self.stopped: return f"the page loads more than {self.max_bytes} bytes"
-        if away := next((u for u in self.stopped if u != "size"), None): return f"the page leads to {away!r:.200}, which is not on the list of allowed hosts"
-        if "Timeout" in message: return f"{place(url)} took longer than {self.seconds:g} s"
-        return f"cannot read the page: {message.splitlines()[0]:.200}"
+# %% ../../nbs/7_chat/70c_browser.ipynb #d3fbc25f
+@patch
+def _guard(self:Browser, context, page):
+    "Ask about every request of this page, every hop, every byte."
+    client,loaded,self.stopped = context.new_cdp_session(page),[0],[]
+    def paused(event):
+        url,request = event["request"]["url"],dict(requestId=event["requestId"])
+        if place(url) in self.allowed: return client.send("Fetch.continueRequest", request)
+        self.stopped.append(url)
+        client.send("Fetch.failRequest", request | dict(errorReason="BlockedByClient"))
+    def received(event):
+        loaded[0] += event["dataLength"]
+        if loaded[0] > self.max_bytes: self.stopped.append("size"); client.send("Page.stopLoading")
+    client.on("Fetch.requestPaused", paused); client.on("Network.dataReceived", received)
+    client.send("Network.enable"); client.send("Fetch.enable", dict(patterns=[dict(urlPattern="*")]))
+
+@patch
+def _text(self:Browser, browser, url):
+    "Title, address and text of a page."
+    context = browser.new_context(accept_downloads=False, service_workers="block")
+    context.set_default_timeout(self.seconds * 1000)
+    page = context.new_page()
+    context.on("page", lambda other: other.close())
+    mine = lambda r: r.continue_() if place(r.request.url) in self.allowed else r.abort()
+    context.route("**/*", mine) # of other windows too
+    context.route_web_socket("**/*", lambda ws: ws.close())
+    self._guard(context, page)
+    answer = page.goto(url, wait_until="load")
+    if "size" in self.stopped: raise BantamError(self.why(url, ""))
+    if answer and answer.status >= 400: raise BantamError(f"{place(url)} answered {answer.status}")
+    if place(page.url) not in self.allowed:
+        raise BantamError(f"the page led away, to {page.url!r:.200}")
+    title,text = page.locator("title").first,page.locator("body").inner_text()
+    name = " ".join((title.text_content() if title.count() else "").split())[:200]
+    more = len(text) - self.max_chars
+    if more > 0: text = f"{text[:self.max_chars]} [cut: {more} more characters]"
+    return f"{name}\n{page.url[:500]}\n\n{text}"
+
+# %% ../../nbs/7_chat/70c_browser.ipynb #18106840
+@patch
+def why(self:Browser,
+        url:str, # What was asked for
+        message:str # What Playwright says
+       )->str:
+    "An error in one line."
+    if "size" in self.stopped: return f"the page loads more than {self.max_bytes} bytes"
+    if self.stopped:
+        return f"the page leads to {self.stopped[0]!r:.200}, which is not on the list of allowed hosts"
+    if "Timeout" in message: return f"{place(url)} took longer than {self.seconds:g} s"
+    return f"cannot read the page: {message.splitlines()[0]:.200}"
 
 def browser_tool(allow:list, # Hosts that it may open
                  **limits # Those of `Browser`

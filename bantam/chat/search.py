@@ -36,7 +36,8 @@ def fetch(url:str, # Where
                 if time.monotonic() > end: raise TimeoutError
     except TimeoutError: raise BantamError(f"{urlsplit(url).netloc} took longer than {seconds:g} s") from None
     except urllib.error.HTTPError as e: raise BantamError(f"{urlsplit(url).netloc} answered {e.code} {e.reason}") from None
-    except (OSError, ValueError) as e: raise BantamError(f"cannot reach {urlsplit(url).netloc}: {getattr(e, 'reason', e)}") from None
+    except (OSError, ValueError) as e:
+        raise BantamError(f"cannot reach {urlsplit(url).netloc}: {getattr(e, 'reason', e)}") from None
     return data
 
 # %% ../../nbs/7_chat/70b_search.ipynb #73d0a97f
@@ -56,11 +57,13 @@ def http_search(url:str, # Of a service that answers `?q=...&format=json`
 def ddgs_search()->Callable: # (query, count) -> results
     "A backend that asks public search engines, through the library `ddgs`."
     if find_spec("ddgs") is None:
-        raise BantamError("this search needs ddgs, which is not installed; install it with pip install 'bantam-lm[tools]', or name a service of your own")
+        raise BantamError("this search needs ddgs, which is not installed; install it with "
+                          "pip install 'bantam-lm[tools]', or name a service of your own")
     def backend(query, count):
         from ddgs import DDGS
         found = DDGS(timeout=10).text(query, max_results=count)
-        return [dict(title=str(r.get("title", "")), url=str(r.get("href", "")), snippet=str(r.get("body", ""))) for r in found]
+        row = lambda r: dict(title=r.get("title"), url=r.get("href"), snippet=r.get("body"))
+        return [row(r) for r in found]
     return backend
 
 # %% ../../nbs/7_chat/70b_search.ipynb #d751c576
@@ -75,7 +78,7 @@ def search_tool(backend:Callable, # (query, count) -> dicts with `title`, `url`,
         "Search the web; gives titles, addresses and snippets."
         if not query.strip(): raise BantamError("the query is empty; give it a few words")
         found = backend(query[:400], max(1, min(count, max_results)))
-        cut = lambda text: " ".join(str(text).split())[:300]
+        cut = lambda text: " ".join(str(text or "").split())[:300]
         rows = [f"{n}. {cut(r['title'])} | {cut(r['url'])}\n{cut(r['snippet'])}" for n,r in enumerate(found, 1)]
         return "\n".join(rows) or "no results"
     return search

@@ -46,6 +46,7 @@ def command(self:BantamChat,
     if not (act := COMMANDS[name][0]): raise BantamError(f"{name} belongs to the terminal")
     return act(self, rest.strip())
 
+# %% ../../nbs/7_chat/72a_terminal.ipynb #b9143eb3
 @slash("/help", "", "show this")
 def _help(chat, rest): return "\n".join(f"{f'{n} {typed}':20}{text}" for n,(_,typed,text) in COMMANDS.items())
 
@@ -64,9 +65,11 @@ def _save(chat, rest):
     except OSError as e: raise BantamError(f"cannot write {rest}: {e.strerror or e}") from None
     return f"saved to {rest}"
 
+# %% ../../nbs/7_chat/72a_terminal.ipynb #0af11785
 @slash("/tools", "", "list the tools that the model may call")
 def _tools(chat, rest):
-    return "\n".join(f"{t.name}({', '.join(t.parameters.get('properties', {}))}): {t.description}" for t in chat.tools) or "no tools"
+    row = lambda t: f"{t.name}({', '.join(t.parameters.get('properties', {}))}): {t.description}"
+    return "\n".join(map(row, chat.tools)) or "no tools"
 
 @slash("/think", "on|off", "show or hide what the model thinks")
 def _think(chat, rest):
@@ -129,7 +132,8 @@ def speak(chat:BantamChat, # Who answers
           tell:Callable # Takes notes beside it
          )->None:
     "Write one answer as it comes, calls and results beside it; Ctrl+C ends it."
-    kinds,pieces,last = dict(text="answer", think="think", call="tool", result="tool"),chat.pieces(line),None
+    kinds = dict(text="answer", think="think", call="tool", result="tool", note="note")
+    pieces,last = chat.pieces(line),None
     try:
         for p in pieces:
             if p.kind == "think" and not chat.show_thinking: continue

@@ -98,6 +98,7 @@ def guesses(self:Draft,
         if q_1V[0, new] < self.sure: break
     return ids_1T,q
 
+# %% ../../nbs/5_decode/52_speculate.ipynb #0676b84b
 @patch
 def round(self:Draft,
           target:Reader, # Of the large model
@@ -124,6 +125,7 @@ def round(self:Draft,
     for name,more in dict(guessed=n, kept=len(said) - 1, passes=1, tokens=len(said)).items(): setattr(self, name, getattr(self, name) + more)
     return said,[z_NV[i].log_softmax(-1)[id].item() for i,id in enumerate(said)]
 
+# %% ../../nbs/5_decode/52_speculate.ipynb #92d6376d
 @patch
 def steps(self:Draft,
           model:BantamForCausalLM, # The large model

@@ -161,6 +161,7 @@ def crop(self:KVCache,
                           "make the cache with more slack")
     for s in self.slots.values(): s.length = length
 
+# %% ../../nbs/3_model/33_cache.ipynb #b45fa6b1
 @patch
 def pick(self:KVCache,
          rows_B:Tensor # Rows of the batch; a row may come several times, or not at all

@@ -83,6 +83,7 @@ class TrainingArgs(WatchFields, LearnFields, HubFields, DataFields):
     run_name:str|None=None # What the report calls the run; None takes the folder's name
     device:str="auto" # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
     precision:Literal["auto", "bf16", "fp16", "fp32"]="auto" # Type of the matrix products; weights stay float32
+    parallel:Literal["ddp", "fsdp"]="ddp" # Several processes under torchrun: each holds the whole model, or a share of it
     use_gradient_checkpoint:bool=False # Compute activations twice instead of keeping them: less memory, a third more time
     compile:Literal["auto", True, False]=False # Let PyTorch compile the model; `auto` does on a GPU
     active_expert:int|None=None # Train what is shared and this expert only, with only it in memory; None is all (`bantam-cli experts train` takes them in turn)

@@ -160,7 +160,7 @@ def report(result:dict # What a run returned
           )->None:
     "The last lines of a run: where the model is, and the adapter where there is one."
     for what in ("model", "adapter"):
-        if what in result: print(f"{what}: {result[what]}")
+        if what in result and os.environ.get("RANK", "0") == "0": print(f"{what}: {result[what]}") # of several ranks, the first
 
 # %% ../nbs/99_cli.ipynb #b30023b3
 @verb

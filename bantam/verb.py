@@ -9,6 +9,7 @@ __all__ = ['app', 'COMMON', 'notes', 'from_file', 'is_path', 'verb', 'show_yaml'
 import inspect
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -93,15 +94,17 @@ def run_cli(argv:list|None=None # Words of the command line; None takes the prog
         )->None:
     "Run `bantam-cli` and exit."
     argv = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in argv
+    debug,echo = "--debug" in argv,False
     try: sys.exit(app(args=[a for a in argv if a != "--debug"], prog_name="bantam-cli", standalone_mode=False) or 0)
     except KeyboardInterrupt as e: code,text = 130,str(e) or "interrupted"
     except BrokenPipeError: code,text = 0,""
     except Exception as e:
+        echo = getattr(e, 'echo', False) # another rank of the run says it
         usage = getattr(e, "format_message", None) # what typer raises
         if usage: code,text = 2,f"{usage()}; see --help" if usage().strip() else ""
         elif isinstance(e, BantamError): code,text = (130 if type(e).__name__ == "Interrupted" else 2),str(e)
         else: code,text = 1,f"failed: {type(e).__name__}: {e} (--debug shows where)"
         if debug: traceback.print_exc()
-    if text: print("bantam: " + " ".join(text.split()), file=sys.stderr)
+    if echo: time.sleep(.5) # torchrun ends all ranks when one has ended: the one that speaks shall be first
+    if text and not echo: print("bantam: " + " ".join(text.split()), file=sys.stderr)
     sys.exit(code)

@@ -28,11 +28,12 @@ class Interrupted(BantamError):
 class StopAsked(Exception): "Breaks off a step; never leaves the trainer."
 
 @contextmanager
-def stop_signals(trainer # Its `stop` becomes the name of the signal; its `args.interruptible` says whether it listens
+def stop_signals(trainer, # Its `stop` becomes the name of the signal; its `args.interruptible` says whether it listens
+                 twice:bool=True # May a second one break off the saving? torchrun sends every signal twice, so ranks say no
                 ):
     "While the block runs, SIGINT and SIGTERM only take a note; the second one raises `KeyboardInterrupt`."
     def note(number, frame):
-        if trainer.stop is not None: raise KeyboardInterrupt
+        if trainer.stop is not None and twice: raise KeyboardInterrupt
         trainer.stop = signal.Signals(number).name
     if not trainer.args.interruptible or threading.current_thread() is not threading.main_thread():
         yield; return    # only the main thread may set handlers
@@ -45,7 +46,7 @@ def stop_signals(trainer # Its `stop` becomes the name of the signal; its `args.
 MAY_CHANGE = {"out_dir", "run_name", "device", "resume_from_checkpoint", "init_from_checkpoint", "finetune_from", "tokenizer", "log_every_n",
               "log_format", "log_loss_to_csv", "log_norms", "trackers", "wandb", "save_every_n", "save_on_improve", "improve_delta", "save_tag", "keep_last_k",
               "interruptible",
-              "num_workers", "pin_memory", "persistent_workers"}
+              "num_workers", "pin_memory", "persistent_workers", "parallel"}
 
 def check_same_run(args:TrainingArgs, # Of the run that shall go on
                    checkpoint # Where it shall go on from

@@ -22,6 +22,7 @@ from ..runtime import seed_everything
 from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from .checkpoint import collect, load_weights, newest_checkpoint, weights_folder
+from .distributed import Ranks
 from .trainer import Trainer, check_same_run
 
 # %% ../../nbs/4_train/45a_pretrain.ipynb #cf792146
@@ -120,7 +121,7 @@ def pretrain(args:TrainingArgs, # Everything the run is told
     tokenizer = load_tokenizer(args)
     model = build_model(args, shape, tokenizer)
     seq_len = args.seq_len or model.config.max_position_embeddings
-    train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"), seq_len)
+    with Ranks.current(args.device, args.parallel).first(): train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"), seq_len)
     trainer = Trainer(model, args, train, valid, tokenizer, callbacks)
     trainer.resume_command = f"bantam-cli pretrain --resume-from {args.out_dir} with the same options"
     return trainer.train()

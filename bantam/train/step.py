@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..core import BantamError
 from ..runtime import autocast
+from .distributed import Ranks
+from .shared import stand_in
 
 # %% ../../nbs/4_train/44a_step.ipynb #84a97c60
 def accumulate(model:nn.Module, # Its gradients are added to
@@ -22,20 +24,24 @@ def accumulate(model:nn.Module, # Its gradients are added to
                precision:str="fp32", # Of the matrix products
                scale:float=1., # Factor on the gradients, against float16's small range
                before_each:Callable=lambda: None, # Called before every micro-batch; what it raises ends the step
-               on_empty:Callable=lambda: None # Called for every micro-batch without a target, in a step that has some
+               on_empty:Callable=lambda: None, # Called for every micro-batch without a target, in a step that has some
+               ranks:Ranks=Ranks() # Who shares the step; `batches` are this rank's
               )->Tensor: # The step's loss, not yet fetched from the device; NaN when nothing is a target
     "Loss and gradients of the batch that the micro-batches are parts of."
     weights = [b.weight() for b in batches]
-    total = sum(weights)
+    table = ranks.gather(weights) # a row for each rank
+    total = sum(map(sum, table))
     if total == 0: return torch.tensor(math.nan)
-    loss = torch.zeros((), device=device)
-    for batch,weight in zip(batches, weights):
+    loss,turns = torch.zeros((), device=device),[i for i,of_ranks in enumerate(zip(*table)) if any(of_ranks)]
+    for _ in range(sum(of_rank.count(0) for of_rank in table)): on_empty()
+    for i in turns:
         before_each()
-        if weight == 0: on_empty(); continue
-        with autocast(device, precision): part = model(**batch.to(device).model_inputs()).loss * (weight/total)
-        (part * scale).backward()
+        batch = batches[i] if weights[i] else stand_in(batches[i])
+        with ranks.hold(model, i == turns[-1]):
+            with autocast(device, precision): part = model(**batch.to(device).model_inputs()).loss * (weights[i]/total)
+            (part * scale).backward()
         loss += part.detach()
-    return loss
+    return ranks.sum_(loss)
 
 # %% ../../nbs/4_train/44a_step.ipynb #9c7fbd4a
 class LossScaler:
@@ -118,20 +124,26 @@ def measure(model:nn.Module, # Left in the mode it was in
             batches:Iterable, # Held-out micro-batches
             device:torch.device, # Where the model lives
             precision:str="fp32", # Of the matrix products
-            lengths_V:Tensor|None=None # From `byte_lengths`; None leaves bits per byte out
+            lengths_V:Tensor|None=None, # From `byte_lengths`; None leaves bits per byte out
+            ranks:Ranks=Ranks() # Who shares the work; all are given the same batches, and deal them out
            )->dict: # `loss`, `perplexity`, `bits_per_byte`
     "Loss over held-out batches, as one number said three ways."
     was_training = model.training
     model.eval()
-    losses,weights,n_bytes = [],[],0.
+    losses,weights,n_bytes,found = [],[],0.,0
+    def loss_of(batch):
+        with autocast(device, precision): return model(**batch.to(device).model_inputs()).loss
     for batch in batches:
         if (weight := batch.weight()) == 0: continue
-        with autocast(device, precision): losses.append(model(**batch.to(device).model_inputs()).loss)
-        weights.append(weight)
+        found,spare = found+1,batch
+        if (found-1) % ranks.size != ranks.rank: continue
+        losses.append(loss_of(batch)); weights.append(weight)
         if lengths_V is not None: n_bytes += target_bytes(batch, lengths_V)
+    if ranks.sharded and len(losses) < -(-found//ranks.size): loss_of(spare) # the others need this rank's share of the weights once more
     model.train(was_training)
-    if not losses: raise BantamError("the held-out batches have no targets; check the loss mask, or use more documents")
-    return three_ways(math.fsum(l*w for l,w in zip(torch.stack(losses).tolist(), weights)), sum(weights), n_bytes)
+    if not found: raise BantamError("the held-out batches have no targets; check the loss mask, or use more documents")
+    nats = math.fsum(l*w for l,w in zip(torch.stack(losses).tolist(), weights)) if losses else 0.
+    return three_ways(*map(sum, zip(*ranks.gather([nats, sum(weights), n_bytes]))))
 
 # %% ../../nbs/4_train/44a_step.ipynb #17e2b120
 def check_fit(model, # A `BantamForCausalLM`

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import bantam.model.account # adds flops_per_token
 from ..core import BantamError, write_durable
-from ..runtime import matmul_peak, pick_device, pick_precision, rng_state, seed_everything, set_rng_state, tune_allocator
+from ..runtime import matmul_peak, pick_precision, rng_state, seed_everything, set_rng_state, tune_allocator
 from .average import WeightAverage
 from .checkpoint import checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from .compiled import Compiled, wants_compiling
+from .dealt import ranked
+from .distributed import Ranks, Silent
 from .final import final_folder, run_report, run_result
 from .guard import Guard, first_loss
 from .interrupt import Interrupted, StopAsked, check_same_run, stop_signals
@@ -29,6 +31,7 @@ from .norms import Norms
 from .optim import build_optimizer
 from .report import LivePlot, loss_curve, png
 from .schedule import dropout_scale, lr_scale, plan_steps
+from .shards import StateReader, save_together, storable
 from .step import LossScaler, accumulate, byte_lengths, check_fit, measure, take_step
 from .track import Console, RunLog, Samples, full_row
 from .trackers import trackers_of
@@ -49,7 +52,8 @@ class Trainer:
                 ):
         if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
         tune_allocator()
-        self.device = pick_device(args.device)
+        self.ranks = Ranks.current(args.device, args.parallel)
+        self.device = self.ranks.device
         self.precision = pick_precision(self.device, args.precision)
         self.model,self.args,self.data,self.valid,self.tokenizer = model.to(self.device),args,train,valid,tokenizer
         self.callbacks,self.out_dir = [*[Norms()]*args.log_norms, *trackers_of(args), *callbacks],Path(args.out_dir)
@@ -59,8 +63,12 @@ class Trainer:
         if args.dropout_anneal and not any(c.residual_dropout or c.attention_dropout or c.mlp_dropout for c in model.shapes):
             raise BantamError("dropout_anneal is set, but the model has no dropout; set residual_dropout, attention_dropout or mlp_dropout, or leave it out")
         model.gradient_checkpointing = args.use_gradient_checkpoint
-        self.net = self.model # What a training step calls
-        self.optimizer = build_optimizer(model, args)
+        if self.ranks.size > 1 and args.compile is True: raise BantamError("compile is for one process; with several ranks leave it out")
+        if self.ranks.sharded and args.ema_half_life: raise BantamError("ema_half_life averages whole weights; use parallel: ddp, or leave it out")
+        optimizer = build_optimizer(model, args)
+        self.net = self.ranks.wrap(model) # What a training step calls
+        self.optimizer = ranked(optimizer, model, self.ranks)
+        self.mine,(_,self.turns) = self.ranks.share(train, args.accum_steps),self.ranks.dealt(train.batch_size, args.accum_steps)
         self.scaler,self.guard = LossScaler(on=self.precision == "fp16"),Guard()
         self.average = WeightAverage(self.model, args.ema_half_life) if args.ema_half_life else None
         self.total_steps,self.warmup = plan_steps(args, train.batches_per_epoch)
@@ -93,9 +101,16 @@ def tell(self:Trainer,
          point:str, # One of the methods in the table above
          *what # What they get besides the trainer
         )->None:
-    "Call this method of every callback that has it."
-    for c in self.callbacks:
-        if hasattr(c, point): getattr(c, point)(self, *what)
+    "Call this method of every callback that has it; of several ranks, on the main one."
+    heard,every = [c for c in self.callbacks if hasattr(c, point)],self.args.sample_every_n
+    def call():
+        for c in heard: getattr(c, point)(self, *what)
+    if not heard: return
+    if point == "on_close": # Perhaps after an error: nobody waits for anybody
+        if self.ranks.main: call()
+        return
+    looks = point != "on_step" or (every and self.step % every == 0) # At these points callbacks may look at the weights
+    with self.ranks.whole(self.model) if looks else nullcontext(): self.ranks.alone(call)
 
 # %% ../../nbs/4_train/45_trainer.ipynb #1d54f931
 @patch
@@ -104,20 +119,24 @@ def one_step(self:Trainer)->dict: # The step's metrics
     set_rng_state(self.rng)
     start = time.perf_counter()
     args,factor = self.args,self.scaler.scale
-    batches = [self.data.batch(self.position+i) for i in range(args.accum_steps)]
+    first = self.position*self.turns//args.accum_steps
+    batches = [self.mine.batch(first+i) for i in range(self.turns)]
     scale = lr_scale(self.step, self.total_steps, self.warmup, args.lr_scheduler, args.min_lr_ratio, args.stages)
     if args.dropout_anneal: self.model.scale_dropout(dropout_scale(self.step, args.dropout_anneal))
     self.model.train()
-    try: loss = accumulate(self.net, batches, self.device, self.precision, factor, self._stop_if_asked, self.guard.count_empty)
+    self.ranks.reseed(args.seed, self.step)
+    hear = self._stop_if_asked if self.ranks.size == 1 else lambda: None # Several ranks stop together, between steps
+    try: loss = accumulate(self.net, batches, self.device, self.precision, factor, hear, self.guard.count_empty, self.ranks)
     except BaseException:
         self.optimizer.zero_grad()
         raise
     loss,norm,taken = take_step(self.optimizer, loss, scale, args.grad_clip, self.scaler, self.guard.lets)
     self.rng,self.last_batch = rng_state(),batches[-1]
-    self.step += 1; self.position += len(batches); self.tokens += sum(b.x_BT.numel() for b in batches)
+    self.step += 1; self.position += args.accum_steps; self.tokens += self.ranks.size*sum(b.x_BT.numel() for b in batches)
     self.seconds += time.perf_counter() - start
     if taken:
         self.guard.took(loss, norm)
+        self.ranks.settle(self.model)
         self.model.update_router_bias()
         if self.average: self.average.update(self.model)
     else: self.console.say(self.guard.skipped(self.step, loss, norm, factor))
@@ -133,7 +152,7 @@ def shown(self:Trainer): # A context
 def evaluate(self:Trainer)->dict: # `loss`, `perplexity`, `bits_per_byte` on the held-out batches
     "Measure the model as it is; changes nothing."
     if self.valid is None: raise BantamError("there is nothing to evaluate on; pass a held-out loader as `valid`")
-    with self.shown(): return measure(self.model, islice(self.valid, self.args.eval_batches), self.device, self.precision, self.lengths_V)
+    with self.shown(): return measure(self.model, islice(self.valid, self.args.eval_batches), self.device, self.precision, self.lengths_V, self.ranks)
 
 @patch
 def watch(self:Trainer,
@@ -190,7 +209,8 @@ def save(self:Trainer,
     set_rng_state(self.rng)
     self.log.sync()
     extra = (lambda folder: save_file(self.average.state_dict(), folder/AVERAGE)) if self.average else None
-    path = save_checkpoint(self.out_dir, self.step, self.model, self.tokenizer, self.optimizer, self.state_dict(), self.args, best, extra)
+    write = lambda model, extra: save_checkpoint(self.out_dir, self.step, model, self.tokenizer, self.optimizer, self.state_dict(), self.args, best, extra)
+    path = save_together(self.ranks, self.model, self.optimizer, write, extra)
     self.saved = self.step,path
     self.tell("on_save", path)
     return path
@@ -201,24 +221,27 @@ def resume(self:Trainer,
           )->None:
     "Load weights, optimiser, random generators and position; refuse other data."
     check_same_run(self.args, checkpoint)
-    state = load_checkpoint(checkpoint, self.model, self.optimizer, self.tokenizer)
+    state = load_checkpoint(checkpoint, storable(self.model, self.ranks), StateReader(self.optimizer, checkpoint, self.ranks), self.tokenizer)
     self.data.check(state["data"])
     for k in STATE: setattr(self, k, state[k])
     for part in (self.scaler, self.guard): part.load_state_dict(state["scaler" if part is self.scaler else "guard"])
     if self.average: self.average.load_state_dict(load_file(checkpoint/AVERAGE))
     self.rng,self.saved = rng_state(),(self.step, checkpoint)
     logs = checkpoint.parent.parent/"logs"
-    if logs.is_dir() and not (self.out_dir/"logs").exists(): shutil.copytree(logs, self.out_dir/"logs")
+    if self.ranks.main and logs.is_dir() and not (self.out_dir/"logs").exists(): shutil.copytree(logs, self.out_dir/"logs")
 
 # %% ../../nbs/4_train/45_trainer.ipynb #ab82b5b9
 @patch
 def finish(self:Trainer)->dict: # What the run came to
     "Write `model/`, `loss.png` and `report.html`."
-    checkpoint = self.saved[1]
-    with self.shown(): final_folder(checkpoint, self.out_dir/"model", self.model if self.average else None)
-    result,picture = run_result(self, checkpoint),png(loss_curve(self.log.rows, self.levels))
-    write_durable(self.out_dir/"loss.png", picture)
-    write_durable(self.out_dir/"report.html", run_report(self, result, picture))
+    def leave():
+        checkpoint = self.saved[1]
+        with self.shown(): final_folder(checkpoint, self.out_dir/"model", self.model if self.average else None)
+        result,picture = run_result(self, checkpoint),png(loss_curve(self.log.rows, self.levels))
+        write_durable(self.out_dir/"loss.png", picture)
+        write_durable(self.out_dir/"report.html", run_report(self, result, picture))
+        return result
+    result = self.ranks.alone(leave)
     self.tell("on_end", result)
     return result
 
@@ -228,7 +251,7 @@ def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds
     "Train to the end, or until asked to stop (then `Interrupted`, with a checkpoint)."
     self._begin()
     try:
-        with stop_signals(self):
+        with stop_signals(self, twice=self.ranks.size == 1):
             self.tell("on_start")
             while self.step < self.total_steps:
                 self._stop_if_asked()
@@ -237,15 +260,17 @@ def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds
                 loss = self.contest(row, regular)
                 if regular or (self.args.save_on_improve and self.better(loss)): self.save(loss)
             return self.finish()
+    except RuntimeError as e: raise self.ranks.lost(e, f"step {self.step}", f"the last checkpoint is in {self.out_dir/'checkpoints'}; go on with: {self.resume_command}")
     except StopAsked:
-        path,name,self.stop = self.save(),self.stop,None
-        raise Interrupted(f"stopped by {name} at step {self.step} of {self.total_steps}, saved {path}; go on with: {self.resume_command}", path) from None
+        with nullcontext() if self.ranks.size == 1 else stop_signals(self, twice=False): path,name,self.stop = self.save(),self.stop,None
+        raise self.ranks.said(Interrupted(f"stopped by {name} at step {self.step} of {self.total_steps}, saved {path}; go on with: {self.resume_command}", path)) from None
     finally:
         self.tell("on_close")
         self.console.close(); self.log.close()
 
 @patch
 def _stop_if_asked(self:Trainer):
+    self.stop = self.ranks.agreed(self.stop)
     if self.stop is not None: raise StopAsked
 
 peak_speed = cache(matmul_peak) # Measured once per process
@@ -258,9 +283,11 @@ def _begin(self:Trainer):
         self.rng = rng_state()
     live = in_jupyter() and self.args.log_format == "text"
     if live and not any(isinstance(c, LivePlot) for c in self.callbacks): self.callbacks.append(LivePlot())
-    self.log = RunLog(self.out_dir, self.step, self.args.log_loss_to_csv, self.args.log_norms)
-    self.console = Console(self.total_steps, self.step, self.args.log_format, lines=not live)
-    if wants_compiling(self.args.compile, self.device): self.net = Compiled(self.model, self.console.say)
+    self.log = self.console = Silent()
+    if self.ranks.main:
+        self.log = RunLog(self.out_dir, self.step, self.args.log_loss_to_csv, self.args.log_norms)
+        self.console = Console(self.total_steps, self.step, self.args.log_format, lines=not live)
+    if self.ranks.size == 1 and wants_compiling(self.args.compile, self.device): self.net = Compiled(self.model, self.console.say)
     self.flops_per_token = self.model.flops_per_token(self.data.batch(0).x_BT.shape[1])
-    self.peak = peak_speed(self.device, self.precision)
+    self.peak = peak_speed(self.device, self.precision)*self.ranks.size
     self.since,self.began = (self.tokens, self.seconds),(time.monotonic(), self.step)

@@ -19,6 +19,7 @@ from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from ..runtime import seed_everything
 from ..train.checkpoint import newest_checkpoint
+from ..train.distributed import Ranks
 from ..train.pretrain import build_model, load_tokenizer, records_of
 from ..train.trainer import Trainer, check_same_run
 from .dialogue import MaskView, encode_dialogue, fitting, read_dialogue
@@ -142,8 +143,9 @@ def sft(args:SFTArgs, # Everything the run is told
     seq_len = args.seq_len or model.config.max_position_embeddings
     train = sft_loader(read(args, "train"), tokenizer, args, seq_len)
     valid = sft_loader(read(args, "valid"), tokenizer, args, seq_len, shuffle=False) if args.eval_every_n else None
-    print(show_start(train, tokenizer, colour=sys.stdout.isatty()))
-    if isinstance(model, AdaptedLM): print(model.share())
+    if Ranks.current(args.device, args.parallel).main:
+        print(show_start(train, tokenizer, colour=sys.stdout.isatty()))
+        if isinstance(model, AdaptedLM): print(model.share())
     trainer = Trainer(model, args, train, valid, tokenizer, callbacks)
     trainer.sections["Dialogues"] = repr(train.dataset.account)
     trainer.resume_command = f"bantam-cli sft --resume-from {args.out_dir} with the same options"

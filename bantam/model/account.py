@@ -110,7 +110,7 @@ def moments(self:BantamForCausalLM,
             checkpointing:bool|None=None, # Compute the activations again; None is as the model stands
             fused:bool=False # See `block_bytes`
            )->dict: # {moment: {what: bytes}}
-    "Memory at the three moments of a step that may be the fullest."
+    "Memory at the four moments of a step that may be the fullest."
     P,N,c = self.num_parameters(),batch_size*seq_len,self.config
     hidden,V,D = sum(p.numel() for n,p in self.layers.named_parameters() if p.dim() > 1 and "router" not in n),c.vocab_size,c.hidden_size
     state = optimizer if isinstance(optimizer, int) else 4*(2*P - (hidden if optimizer == "muon" else 0))
@@ -123,6 +123,7 @@ def moments(self:BantamForCausalLM,
     held = dict(weights=4*P, optimizer=state)
     return {"loss": held | dict(gradients=grads, activations=stream) | {"logits and their gradients": logits + head},
             "way back": held | dict(gradients=4*P, activations=stream/2 if not again else 5*D*N + 1.25*max(blocks)),
+            "shared table": held | dict(gradients=4*P + 8*V*D*c.tie_word_embeddings, activations=0),
             "optimiser": held | dict(gradients=4*P, activations=0) | {"optimiser's workspace": 10*min(hidden, 2**22)*(state < 8*P)}}
 
 @patch

@@ -268,7 +268,7 @@ def test_an_adapter_is_found_and_merged(tmp_path):
     model = adapt(copy.deepcopy(BIG), SFTArgs(lora_r=2))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_B" in name: p.normal_(std=.5)
+            if "lora_B" in name: p.normal_(std=.1, generator=torch.Generator().manual_seed(0))
     base = BIG.save_pretrained(tmp_path/"base")
     TOK.save(model.save_adapter(tmp_path/"adapter", str(base)))
     ids = torch.tensor([[2, 100, 200, 300]])
@@ -276,8 +276,7 @@ def test_an_adapter_is_found_and_merged(tmp_path):
     for options in ({}, dict(base=base)):
         chat = BantamChat.from_pretrained(tmp_path/"adapter", device="cpu", **options)
         got = chat.model(ids, return_logits=True).logits
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        assert (got - plain).abs().max() > .01
+        assert (got - want).abs().max() < 1e-5 * want.abs().max() < 1e-3 * (got - plain).abs().max()
     TOK.save(base)
     with pytest.raises(BantamError, match="no adapter"): BantamChat.from_pretrained(base, device="cpu", base=base)
     (tmp_path/"base").rename(tmp_path/"moved")

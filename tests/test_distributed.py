@@ -138,9 +138,9 @@ def pretrain(tmp_path, ranks, *more, steps=6):
     text = tmp_path/"text.txt"
     text.write_text("\n\n".join(f"Number {i} comes before {i+1}, and after {i-1}." for i in range(400)))
     keys = dict(max_steps=steps, seq_len=16, batch_size=2, accum_steps=2, log_every_n=1, eval_every_n=0, save_every_n=2, precision="fp32", tokenizer="default", valid_fraction=.1)
-    argv = ["-m", "bantam", "pretrain", "--preset", "tiny", "--dataset", str(text), "--out", str(tmp_path/"run"), "--device", "cpu", *more]
+    argv = ["-m", "bantam", "pretrain", "--preset", "tiny", "--dataset", str(text), "--out", str(tmp_path/"run"), "--device", "cpu"]
     for k, v in keys.items(): argv += ["--set", f"training_args.{k}={v}"]
-    return start([*argv, "--set", "bantam_config.hidden_size=32", "--set", "bantam_config.intermediate_size=64"], ranks)
+    return start([*argv, "--set", "bantam_config.hidden_size=32", "--set", "bantam_config.intermediate_size=64", *more], ranks)
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_a_launcher_that_says_half_is_refused():
 
 def test_one_process_makes_no_group(tmp_path):
     "With one process nothing of this is even imported."
-    code = ("import sys, torch; from bantam.train.distributed import Ranks; r = Ranks.current('cpu'); m = torch.nn.Linear(2, 2); t = torch.ones(2)\n"
+    code = ("import sys, torch; import bantam.train.shared; from bantam.train.distributed import Ranks; r = Ranks.current('cpu'); m = torch.nn.Linear(2, 2); t = torch.ones(2)\n"
             "assert r.wrap(m) is m and r.sum_(t) is t and r.gather([1]) == [[1]] and r.tell('x') == 'x' and not torch.distributed.is_initialized()\n"
             "assert not [m for m in sys.modules if m.startswith('torch.distributed.fsdp') or m.startswith('torch.distributed.checkpoint')]")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, check=True)

@@ -7,6 +7,7 @@ __all__ = ['summed', 'stand_in']
 
 # %% ../../nbs/4_train/43a_shared.ipynb #34381c92
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,8 @@ def wrap(self:Ranks,
         return runner or model
     from torch.nn.parallel import DistributedDataParallel
     ids = [self.device.index] if self.device.type == "cuda" else None
-    ddp = DistributedDataParallel(runner or model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters) # The older name is going
+    ddp = DistributedDataParallel(runner or model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
     ddp.register_comm_hook(None, summed(wire))
     return ddp
 

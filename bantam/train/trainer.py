@@ -270,8 +270,10 @@ def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds
 
 @patch
 def _stop_if_asked(self:Trainer):
-    self.stop = self.ranks.agreed(self.stop)
-    if self.stop is not None: raise StopAsked
+    stop = self.ranks.agreed(self.stop) # A signal may come while the ranks compare notes: it must stand until the next time
+    if stop is None: return
+    self.stop = stop
+    raise StopAsked
 
 peak_speed = cache(matmul_peak) # Measured once per process
 

@@ -219,13 +219,14 @@ def examine(model:nn.Module, # Will be trained; is left as it was
             loader, # Its training batches
             tokenizer:BantamTokenizer|None=None, # Made the data
             fast:bool=True, # Leave out what takes long
+            data_only:bool=False, # Leave the model alone, as where it lies in pieces on several ranks
             **about # More of `Patient`: precision, start, template, position
            )->list: # of `Verdict`, one per check
     "Ask every question; the answers in order."
     patient,found = Patient(model, loader, tokenizer, fast=fast, **about),[]
     for name,(ask,quick) in CHECKS.items():
-        if fast and not quick: continue
-        if name in ("first loss", "gradient", "device", "by heart") and any(v.level == "fatal" for v in found): continue # they need sound data
+        reads = name in ("targets", "template", "tokenizer") # looks at data and names; the others run the model, and need sound data
+        if fast and not quick or not reads and (data_only or any(v.level == "fatal" for v in found)): continue
         with untouched(model): verdict = ask(patient)
         verdict.check = name
         found.append(verdict)
@@ -248,7 +249,7 @@ class Checkup:
                 )->None:
         "Say what is odd; raise when training could not work."
         args = trainer.args
-        found = examine(trainer.model, trainer.data, trainer.tokenizer, precision=trainer.precision, template=self.template, position=trainer.position,
+        found = examine(trainer.model, trainer.data, trainer.tokenizer, data_only=trainer.ranks.size > 1, precision=trainer.precision, template=self.template, position=trainer.position,
                         start=args.finetune_from or args.init_from_checkpoint)
         for v in found:
             if v.level == "warning": trainer.console.say(str(v))

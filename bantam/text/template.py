@@ -71,7 +71,12 @@ def form(self:ChatTemplate,
     "Part of the table, cut into control tokens and the text between them."
     return [Piece(t, k % 2 == 1, n) for k,t in enumerate(self.marks.split(text)) if t]
 
-def span(name, text, n): return [Piece(f"<|{name}_START|>", True, n, "words"), Piece(text, False, n, "words"), Piece(f"<|{name}_END|>", True, n, "words")]
+def span(name:str, # Such as `THINK`
+         text:str, # What stands in it
+         n:int # Number of the message
+        )->list[Piece]:
+    "Text between a pair of control tokens."
+    return [Piece(f"<|{name}_START|>", True, n, "words"), Piece(text, False, n, "words"), Piece(f"<|{name}_END|>", True, n, "words")]
 
 @patch
 def words(self:ChatTemplate,

@@ -192,7 +192,11 @@ class Rotation:
                 ):
         self.turns = turns
 
-    def on_step(self, trainer, row):
+    def on_step(self,
+                trainer, # Has taken a step; its model holds one expert
+                row:dict # The step's metrics
+               )->None:
+        "Count the step; at the end of a turn, change."
         now,next_ = turn_at(self.turns, trainer.step-1),turn_at(self.turns, trainer.step)
         trainer.model.steps[now.expert] += 1
         if trainer.step == now.last: trainer.model.change(next_.expert, now.share)

@@ -6,6 +6,7 @@
 __all__ = ['lora_targets', 'adapter_weights', 'AdaptedLM', 'adapt', 'is_adapter', 'load_adapter', 'from_adapter']
 
 # %% ../../nbs/6_tune/61_lora.ipynb #2de2fbb1
+import logging
 import os
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def lora_targets(model:BantamForCausalLM, # The model that gets adapters
     return sorted(asked) if asked else can
 
 # %% ../../nbs/6_tune/61_lora.ipynb #5e15dc6e
-def adapter_weights(module:nn.Module)->Tensor|None: # What the layer's weight would be with its adapter in it; None has no adapter
+logging.getLogger("torchao").setLevel(logging.ERROR) # `peft` loads it where it is installed, and it tells which of its kernels this machine has not
+
+def adapter_weights(module:nn.Module # A layer of the model
+                   )->Tensor|None: # What its weight would be with its adapter in it; None has no adapter
     "One layer, merged."
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -146,7 +150,7 @@ def load_adapter(model:BantamForCausalLM, # The base; changed
     values,tensors = read_json(folder/"adapter_config.json"),read_tensors(folder/"adapter_model.safetensors")
     if not isinstance(values, dict) or values.get("peft_type") != "LORA": raise BantamError(f"{folder}: only adapters of the type LORA can be merged here")
     known = {k: v for k,v in values.items() if k in LoraConfig.__dataclass_fields__ and k not in ("auto_mapping", "peft_type", "task_type")}
-    try: wrapped = get_peft_model(model, LoraConfig(**known | dict(inference_mode=False)))
+    try: wrapped = get_peft_model(model, LoraConfig(**known | dict(inference_mode=False, base_model_name_or_path=None)))
     except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as e: raise BantamError(f"{folder}: this adapter is not for that model: {e}") from None
     want = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     odd = sorted(want.keys() ^ tensors.keys()) or [n for n,t in want.items() if t.shape != tensors[n].shape]

@@ -13,6 +13,7 @@ from .core import BantamError
 import bantam.chat_verbs # makes `chat`
 import bantam.data_verbs # makes `data prepare` and `data preview`
 import bantam.decode_verbs # makes `generate`
+import bantam.expert_verbs # makes `experts train` and `experts list`
 from .train_verbs import shape_of, training # makes `plan`, `doctor`, `bench` and `sweep`
 from .verb import app, run_cli, show_yaml, verb
 

@@ -6,6 +6,7 @@
 __all__ = ['PANELS', 'scalars', 'need_package', 'TensorBoard', 'WeightsAndBiases', 'trackers_of']
 
 # %% ../../nbs/4_train/44g_trackers.ipynb #0901c4bb
+import re
 import tempfile
 import uuid
 from importlib.util import find_spec
@@ -91,7 +92,7 @@ class WeightsAndBiases:
 
     def _upload(self, kind, folder, aliases):
         import wandb
-        artifact = wandb.Artifact(f"{self.run.name}-{kind}", type=kind)
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{self.run.name}-{kind}"), type=kind) # the only signs that it allows
         artifact.add_dir(str(folder))
         self.run.log_artifact(artifact, aliases=["latest", *aliases])
 

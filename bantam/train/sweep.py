@@ -14,6 +14,7 @@ from typing import Literal
 
 from fastcore.basics import patch
 
+import bantam.presets # adds from_preset
 from ..args import TrainingArgs
 from ..config import BantamConfig
 from ..core import BantamError, nearest, read_json, write_durable, write_json

@@ -42,7 +42,12 @@ def training(cls, # `TrainingArgs` or `SFTArgs`
     return args.replace(**typed), [o for o in overrides or [] if o.startswith("bantam_config.")]
 
 # %% ../nbs/98c_train_verbs.ipynb #443c14af
-def run_of(config, mconf, preset, overrides, **typed)->tuple: # `TrainingArgs`, `BantamConfig`, tokenizer or None
+def run_of(config:Path|None, # Training file
+           mconf:Path|None, # Model file
+           preset:str|None, # Or the name of a shape
+           overrides:list|None, # `--set`
+           **typed # Options that win over the file where they are not None
+          )->tuple: # `TrainingArgs`, `BantamConfig`, tokenizer or None
     "The run that the options describe, with the vocabulary of its tokenizer."
     from bantam.args import TrainingArgs
     args,model_set = training(TrainingArgs, config, overrides, **typed)

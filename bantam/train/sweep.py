@@ -134,6 +134,7 @@ def shared_data(self:Sweep)->list: # Overrides that name the encoded data
     for split in ("train", "valid"): encoded(args, split, tok, ChatTemplate.named("bantam"))
     return [f"training_args.dataset={self.folder/'data'/'train'}", f"training_args.valid_dataset={self.folder/'data'/'valid'}"]
 
+# %% ../../nbs/4_train/49b_sweep.ipynb #94d13e26
 @patch
 def run_trial(self:Sweep,
               trial, # Optuna's
@@ -175,6 +176,7 @@ def study(self:Sweep):
     return optuna.create_study(study_name="sweep", storage=storage, sampler=sampler, load_if_exists=True, direction="minimize",
                                pruner=optuna.pruners.MedianPruner(n_startup_trials=self.args.warm_trials))
 
+# %% ../../nbs/4_train/49b_sweep.ipynb #3fdc1ccc
 @patch
 def run(self:Sweep,
         train:Callable=pretrain, # What a trial calls: (args, shape, callbacks) -> result
@@ -197,6 +199,7 @@ def run(self:Sweep,
     finally: self.overrides = common
     return self.rows(study)
 
+# %% ../../nbs/4_train/49b_sweep.ipynb #3918d6de
 @patch
 def rows(self:Sweep,
          study # From `study`

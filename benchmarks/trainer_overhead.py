@@ -44,7 +44,7 @@ def trainer_of(folder, shards, accum_steps, preset="small"):
     from bantam.data.loader import BlockDataset, Loader
     from bantam.model.lm import BantamForCausalLM
     from bantam.train.trainer import Trainer
-    model = BantamForCausalLM(BantamConfig.from_preset(preset, vocab_size=8192))
+    model = BantamForCausalLM(BantamConfig.from_preset(preset, vocab_size=8192, max_position_embeddings=256))
     data = lambda: Loader(BlockDataset(shards, 256), 1)
     t = Trainer(model, TrainingArgs(out_dir=folder, device="cpu", accum_steps=accum_steps, max_steps=10**6), data(), data())
     t._begin()
@@ -54,10 +54,10 @@ def trainer_of(folder, shards, accum_steps, preset="small"):
 def overhead(t, steps, clock):
     "Seconds of a step, of which overhead; overhead of an evaluation; seconds of a checkpoint."
     import bantam.train.trainer as room
-    real = room.accumulate, room.take_step, room.measure, t.data.batch
+    real = room.accumulate, room.take_step, room.measure, t.mine.batch
     walls, extra = [], []
     try:
-        room.accumulate, room.take_step, room.measure, t.data.batch = map(clock.wrap, real)
+        room.accumulate, room.take_step, room.measure, t.mine.batch = map(clock.wrap, real)
         for i in range(steps + 2):
             clock.inside, start = 0., time.perf_counter()
             t.watch(t.one_step())
@@ -66,7 +66,7 @@ def overhead(t, steps, clock):
         clock.inside, start = 0., time.perf_counter()
         t.evaluate()
         evaluation = time.perf_counter() - start - clock.inside
-    finally: room.accumulate, room.take_step, room.measure, t.data.batch = real
+    finally: room.accumulate, room.take_step, room.measure, t.mine.batch = real
     saves = []
     for _ in range(3):
         t.saved, start = None, time.perf_counter()

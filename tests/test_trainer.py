@@ -486,11 +486,19 @@ def test_gradient_checkpointing_changes_nothing(lab):
 
 @pytest.mark.slow
 def test_compiling_changes_nothing(lab):
-    base = lab.run(config=dict(residual_dropout=0.))
-    fast = lab.run(config=dict(residual_dropout=0.), compile=True)
-    assert "could not be compiled" not in fast.printed and fast.net is not fast.model and fast.net.tried
-    for a, b in zip(base.model.parameters(), fast.model.parameters()): assert (a - b).abs().max() < 1e-4
-    for a, b in zip(base.log.rows, fast.log.rows): assert abs(a["loss"] - b["loss"]) < 1e-5
+    "Loss and gradients of a step to 1e-5. Weights are not compared: Adam divides by the gradient's size, so where that is rounding, its sign decides a whole step."
+    from bantam.train.compiled import Compiled
+    seed_everything(0)
+    model, found = BantamForCausalLM(shape(residual_dropout=0.)).train(), []
+    for net in (model, Compiled(model, pytest.fail)):
+        loss = accumulate(net, [ragged(4), ragged(4, seed=2)], torch.device("cpu"))
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    assert abs(found[0][0] - found[1][0]) < 1e-5
+    for a, b in zip(found[0][1], found[1][1]): assert (a - b).abs().max() < 1e-5
+    base, fast = (lab.run(config=dict(residual_dropout=0.), compile=on) for on in (False, True))
+    assert "could not be compiled" not in fast.printed and fast.net.tried
+    assert abs(base.log.rows[0]["loss"] - fast.log.rows[0]["loss"]) < 1e-5 and fast.log.rows[-1]["loss"] < fast.log.rows[0]["loss"]
 
 
 def test_a_failed_compiler_is_said_and_survived(lab, monkeypatch):

@@ -29,7 +29,8 @@ class Compiled:
         self.model,self.say,self.tried,self.fast = model,say,False,compiler(model)
 
     def __call__(self, *args, **kwargs):
-        if self.fast is None or self.tried: return (self.fast or self.model)(*args, **kwargs)
+        if self.fast is None: return self.model(*args, **kwargs)
+        if self.tried: return self.fast(*args, **kwargs)
         try:
             out = self.fast(*args, **kwargs)
             self.tried = True

@@ -123,6 +123,7 @@ def check_learning(self:LearnFields)->None:
         if not (0 <= a["start"] <= 1 and 0 <= a["end"] <= 1 and isinstance(a["steps"], int) and a["steps"] > 0):
             raise BantamError(f"dropout_anneal: 'start' and 'end' are factors from 0 to 1, 'steps' counts steps; got {a}")
 
+# %% ../nbs/01a_args.ipynb #fa6dad45
 @patch
 def check_watching(self:WatchFields)->None:
     "Refuse ways to look that would show nothing."

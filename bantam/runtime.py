@@ -98,8 +98,11 @@ def tune_allocator(keep:int=2**30 # Bytes: blocks below this size, and free memo
 # %% ../nbs/00a_runtime.ipynb #1ad7ec3c
 def peak_memory(device:torch.device=torch.device("cpu") # CUDA counts what PyTorch took there
                )->int: # Bytes
-    "The most memory that this process has held so far."
+    "The most memory that this process has held so far; where Linux tells it, without what its parent held when it was forked."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as f: return next(int(l.split()[1]) for l in f if l.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration): pass # another system, or a container that hides it
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

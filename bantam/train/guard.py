@@ -9,6 +9,8 @@ __all__ = ['HALF_LIFE', 'EXPERIENCE', 'DEVIATIONS', 'LENGTHS', 'SPIKES', 'PATIEN
 # %% ../../nbs/4_train/44e_guard.ipynb #61a41029
 import math
 
+from fastcore.basics import patch
+
 from ..core import BantamError
 
 # %% ../../nbs/4_train/44e_guard.ipynb #16296c64
@@ -68,6 +70,7 @@ def reason(loss:float, # Of a step that was not taken
     if not math.isfinite(norm): return "fp16 overflow" if factor > 1 else "gradient not finite"
     return "spike"
 
+# %% ../../nbs/4_train/44e_guard.ipynb #5c1cf018
 class Guard:
     "Lets steps through or passes them over, and counts."
     def __init__(self): self.level,self.skips,self.in_a_row,self.spikes,self.empty = Level(),{},0,0,0
@@ -107,21 +110,26 @@ class Guard:
         raise BantamError(f"{what}; {PATIENCE} steps in a row could not be taken, so training stopped. Look at the data of these steps, lower lr, raise warmup_steps, "
                           "or use precision fp32; the last checkpoint is good")
 
-    def state_dict(self)->dict: # Ready for JSON
-        "What must be remembered."
-        return dict(vars(self) | dict(level=vars(self.level)))
+# %% ../../nbs/4_train/44e_guard.ipynb #2af1c9e7
+@patch
+def state_dict(self:Guard)->dict: # Ready for JSON
+    "What must be remembered."
+    return dict(vars(self) | dict(level=vars(self.level)))
 
-    def load_state_dict(self,
-                        state:dict # From `state_dict`
-                       )->None:
-        "Go on from there."
-        vars(self.level).update(state["level"])
-        self.skips,self.in_a_row,self.spikes,self.empty = dict(state["skips"]),state["in_a_row"],state["spikes"],state["empty"]
+@patch
+def load_state_dict(self:Guard,
+                    state:dict # From `state_dict`
+                   )->None:
+    "Go on from there."
+    vars(self.level).update(state["level"])
+    self.skips,self.in_a_row,self.spikes,self.empty = dict(state["skips"]),state["in_a_row"],state["spikes"],state["empty"]
 
-    @property
-    def total(self)->int: # Steps that changed nothing so far
-        "How many steps were passed over."
-        return sum(self.skips.values())
+@patch(as_prop=True)
+def total(self:Guard)->int: # Steps that changed nothing so far
+    "How many steps were passed over."
+    return sum(self.skips.values())
+
+
 
 # %% ../../nbs/4_train/44e_guard.ipynb #e97c6336
 def first_loss(loss:float|None, # Of the first step

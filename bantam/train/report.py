@@ -64,6 +64,7 @@ def metric_curves(rows:list[dict], # Full rows
         ax.set_title(key, fontsize=9); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
     return fig
 
+# %% ../../nbs/4_train/44b_report.ipynb #9adda002
 def norm_curves(rows:list[dict] # Rows of `logs/norms.jsonl`
                ): # A matplotlib `Figure`
     "Sizes of weights and of activations over steps, a line per tensor, lighter the deeper it lies."

@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..core import BantamError, clock, human, sweep, write_durable
@@ -82,21 +83,6 @@ class RunLog:
         if "loss.csv" in self.files: self._append("loss.csv", csv_line(row))
         return row
 
-    def write_sample(self,
-                     step:int, # When it was generated
-                     text:str # What the model said
-                    )->None:
-        "Append a sample of generated text."
-        self.samples.append(dict(step=step, text=text))
-        self._append("samples.jsonl", json.dumps(self.samples[-1]) + "\n")
-
-    def write_norms(self,
-                    row:dict # `step`, `weights` and `activations`
-                   )->None:
-        "Append the sizes of weights and activations."
-        self.norms.append(row)
-        self._append("norms.jsonl", json.dumps(row) + "\n")
-
     def sync(self)->None:
         "Return only when every row is on the disk: a checkpoint that follows can rely on the log before it."
         for f in self.files.values(): os.fsync(f.fileno())
@@ -104,6 +90,24 @@ class RunLog:
     def close(self)->None:
         "Close the files."
         for f in self.files.values(): f.close()
+
+# %% ../../nbs/4_train/44_track.ipynb #90756c2b
+@patch
+def write_sample(self:RunLog,
+                 step:int, # When it was generated
+                 text:str # What the model said
+                )->None:
+    "Append a sample of generated text."
+    self.samples.append(dict(step=step, text=text))
+    self._append("samples.jsonl", json.dumps(self.samples[-1]) + "\n")
+
+@patch
+def write_norms(self:RunLog,
+                row:dict # `step`, `weights` and `activations`
+               )->None:
+    "Append the sizes of weights and activations."
+    self.norms.append(row)
+    self._append("norms.jsonl", json.dumps(row) + "\n")
 
 # %% ../../nbs/4_train/44_track.ipynb #17ac39c6
 def progress_line(row:dict, # A full row

@@ -12,6 +12,8 @@ import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core import BantamError, read_json, write_json
 
 # %% ../../nbs/4_train/44g_trackers.ipynb #aad6e10f
@@ -103,25 +105,31 @@ class WeightsAndBiases:
         "One point in every curve."
         self.run.log(scalars(row, trainer.log.norms) | {"progress/step": row["step"]})
 
-    def on_save(self,
-                trainer, # Has saved
-                path:Path # The checkpoint
-               )->None:
-        "Upload it, when that was asked."
-        if self.artifacts: self._upload("checkpoint", path, [path.name])
+# %% ../../nbs/4_train/44g_trackers.ipynb #31659d22
+@patch
+def on_save(self:WeightsAndBiases,
+            trainer, # Has saved
+            path:Path # The checkpoint
+           )->None:
+    "Upload it, when that was asked."
+    if self.artifacts: self._upload("checkpoint", path, [path.name])
 
-    def on_end(self,
-               trainer, # Has finished
-               result:dict # What the run came to
-              )->None:
-        "The last values beside the name."
-        self.run.summary.update({f"result/{k}": v for k,v in result.items() if isinstance(v, (int, float))})
+@patch
+def on_end(self:WeightsAndBiases,
+           trainer, # Has finished
+           result:dict # What the run came to
+          )->None:
+    "The last values beside the name."
+    self.run.summary.update({f"result/{k}": v for k,v in result.items() if isinstance(v, (int, float))})
 
-    def on_close(self,
-                 trainer # Has stopped
-                )->None:
-        "Say goodbye; what is not sent yet is sent."
-        if self.run is not None: self.run.finish()
+@patch
+def on_close(self:WeightsAndBiases,
+             trainer # Has stopped
+            )->None:
+    "Say goodbye; what is not sent yet is sent."
+    if self.run is not None: self.run.finish()
+
+
 
 # %% ../../nbs/4_train/44g_trackers.ipynb #e1291f46
 def trackers_of(args # `TrainingArgs`: `trackers` and `wandb`

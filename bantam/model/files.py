@@ -101,8 +101,7 @@ def fill(model:BantamForCausalLM, # Built on the `meta` device
          where # Their file, for messages
         )->BantamForCausalLM: # In 32 bits on the CPU, in evaluation mode
     "Give a model memory and weights; buffers that are not saved begin at zero."
-    model.to_empty(device="cpu")
-    for b in model.buffers(): b.zero_()
+    model._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype)) # `to_empty` imports a whole computer algebra for this
     model.load_weights(tensors, where)
     return model.eval()
 

@@ -103,8 +103,7 @@ class OneExpertLM(BantamForCausalLM):
              ):
         "Fresh weights from PyTorch's generator; all experts begin alike."
         with torch.device("meta"): model = cls(config, waiting)
-        model.to_empty(device="cpu")
-        for b in model.buffers(): b.zero_()
+        model._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype))
         model.init_weights()
         shutil.rmtree(model.waiting, ignore_errors=True); (model.waiting/"experts").mkdir(parents=True)
         for i in range(model.E): write_tensors(model.mine(), expert_file(model.waiting, i))

@@ -60,8 +60,7 @@ class Trainer:
         check_fit(model, train, tokenizer)
         if args.sample_every_n and not any(isinstance(c, Samples) for c in self.callbacks):
             raise BantamError("sample_every_n is set, but nothing generates; pass callbacks=[Samples(function)] or set it to 0")
-        if args.active_expert is not None and not hasattr(model, "active"):
-            raise BantamError("active_expert is obeyed by `bantam-cli experts train`, where one expert is in memory; leave it out here")
+        if args.active_expert is not None and not hasattr(model, "active"): raise BantamError("active_expert is for `bantam-cli experts train`; leave it out here")
         if args.dropout_anneal and not any(c.residual_dropout or c.attention_dropout or c.mlp_dropout for c in model.shapes):
             raise BantamError("dropout_anneal is set, but the model has no dropout; set residual_dropout, attention_dropout or mlp_dropout, or leave it out")
         model.gradient_checkpointing = args.use_gradient_checkpoint

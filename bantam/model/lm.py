@@ -27,6 +27,7 @@ from .loss import IGNORE, linear_cross_entropy
 from .mask import Marks
 from .mla import MLA
 from .moe import MoE, make_ffn
+from .packed import Int8Linear
 from .positions import LearnedPositions, sinusoidal
 from .scaling import Angles, length_dependent, reached
 
@@ -86,6 +87,7 @@ class BantamForCausalLM(nn.Module):
                 ):
         super().__init__()
         c,self.config,self.gradient_checkpointing = config,config,False
+        self.quantization:dict|None = None # which layers are packed, of a quantised model
         keep_block_masks(c.block_mask_cache_cap, c.block_mask_cache_device) # of the last model that was built
         self.shapes = [c.layer(i) for i in range(c.num_hidden_layers)]
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
@@ -96,16 +98,35 @@ class BantamForCausalLM(nn.Module):
         self.init_weights()
 
     @property
+    def table(self)->nn.Module:
+        "Whose weights the last hidden state is multiplied with: the embedding when tied."
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @property
     def head_weight(self)->Tensor: # (V,D)
-        "What the last hidden state is multiplied with: the embedding's weights when tied."
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        "Those weights; of a packed table they are made anew at every call."
+        return self.table.weight
+
+    @property
+    def device(self)->torch.device:
+        "Where the model lives."
+        return next(self.norm.parameters()).device
 
     def head(self,
              h_BTD:Tensor # Last hidden states, any leading dimensions
             )->Tensor: # (...,V) scores of the next token, in float32
         "From hidden states to logits, soft-capped when the config says so."
-        z,cap = F.linear(h_BTD, self.head_weight).float(),self.config.final_logit_softcapping
+        packed,cap = isinstance(self.table, Int8Linear),self.config.final_logit_softcapping
+        z = (self.table.product(h_BTD) if packed else F.linear(h_BTD, self.head_weight)).float()
         return z if cap is None else cap*torch.tanh(z/cap)
+
+    def train(self,
+              mode:bool=True # False is evaluation
+             )->nn.Module: # This model
+        "Into training, or out of it; a quantised model stays out."
+        if mode and self.quantization:
+            raise BantamError("a quantised model cannot be trained: its weights are whole numbers; train the model that it was made of, and quantise that again")
+        return super().train(mode)
 
 # %% ../../nbs/3_model/39_lm.ipynb #318bdad7
 def head_std(config:BantamConfig # The shape of the model

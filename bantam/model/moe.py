@@ -19,19 +19,20 @@ from .router import Route, RouterStats, nudge, route, slots
 
 # %% ../../nbs/3_model/37a_moe.ipynb #5e724af8
 def grouped_loop(x_MD:Tensor, # Rows, sorted by expert
-                 w_EFD:Tensor, # A matrix for each expert
+                 w_EFD:Tensor|nn.ModuleList, # A matrix for each expert, or a layer
                  end_E:Tensor # Where the rows of each expert end
                 )->Tensor: # (M,F)
     "Each block of rows times its own matrix, block by block."
     sizes = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
-    blocks = zip(x_MD.split(sizes), w_EFD.unbind())
-    return torch.cat([F.linear(x, w.to(x.dtype)) for x,w in blocks if len(x)])
+    times = lambda x, w: w(x) if isinstance(w, nn.Module) else F.linear(x, w.to(x.dtype))
+    return torch.cat([times(x, w) for x,w in zip(x_MD.split(sizes), w_EFD) if len(x)])
 
 def grouped_linear(x_MD:Tensor, # Rows, sorted by expert
-                   w_EFD:Tensor, # A matrix for each expert, in the type of the rows or a wider one
+                   w_EFD:Tensor|nn.ModuleList, # A matrix for each expert, in the type of the rows or a wider one; or a layer
                    end_E:Tensor # Where the rows of each expert end
                   )->Tensor: # (M,F), in the type of the rows
     "Each block of rows times its own matrix, by `grouped_mm` where it fits."
+    if isinstance(w_EFD, nn.ModuleList): return grouped_loop(x_MD, w_EFD, end_E)
     few = x_MD.is_cpu and len(x_MD) < len(w_EFD) # Most matrices are not visited
     aligned = all(n * x_MD.element_size() % 16 == 0 for n in w_EFD.shape[1:])
     known = x_MD.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -12,6 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
+from fastcore.basics import patch
+
 from ..core import BantamError, human
 from .hub import hub_records
 from .records import Account, Record, size_of
@@ -192,15 +194,17 @@ class Mixture:
 
     def __iter__(self)->Iterator[tuple]: return iter(self.step, None)
 
-    def skip(self,
-             n:int # Documents that were used before
-            )->"Mixture": # The same, `n` documents further
-        "Go on after the first `n` documents."
-        for done in range(n):
-            if self.step() is None:
-                raise BantamError(f"the mixture has only {done} documents, cannot go on after {n}; "
-                                  "the sources have changed")
-        return self
+# %% ../../nbs/2_data/22_mixture.ipynb #aa46cb13
+@patch
+def skip(self:Mixture,
+         n:int # Documents that were used before
+        )->Mixture: # The same, `n` documents further
+    "Go on after the first `n` documents."
+    for done in range(n):
+        if self.step() is None:
+            raise BantamError(f"the mixture has only {done} documents, cannot go on after {n}; "
+                              "the sources have changed")
+    return self
 
 # %% ../../nbs/2_data/22_mixture.ipynb #0b7ea4f6
 def mixture_account(mix:Mixture # As far as it was read

@@ -47,6 +47,7 @@ def watched(model:BantamForCausalLM, # Whose attention
         for room in rooms: room.attend = attend
         for h in hooks: h.remove()
 
+# %% ../../nbs/3_model/39c_look.ipynb #13dbc9e6
 @dataclass
 class Recording:
     "What one forward pass looked like."

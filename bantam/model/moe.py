@@ -10,6 +10,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..config import BantamConfig
@@ -129,20 +130,26 @@ class MoE(nn.Module):
         y_BTD = self.experts(x_BTD.flatten(0, 1), visits).view(x_BTD.shape)
         return y_BTD + self.shared(x_BTD) if self.config.moe_num_shared else y_BTD,stats
 
-    def update_bias(self)->None:
-        "Once per optimiser step: nudge towards even loads; acts with `moe_bias_balancing` only."
-        if self.loads is None: return
-        nudge(self.choice_bias, self.loads, self.config.moe_bias_update_rate)
-        self.loads.zero_()
+# %% ../../nbs/3_model/37a_moe.ipynb #f970d04b
+@patch
+def update_bias(self:MoE)->None:
+    "Once per optimiser step: nudge towards even loads; acts with `moe_bias_balancing` only."
+    if self.loads is None: return
+    nudge(self.choice_bias, self.loads, self.config.moe_bias_update_rate)
+    self.loads.zero_()
 
-    def active_parameters(self)->int: # Weights that one token is multiplied with, on average
-        "All parameters but those of experts that a token does not visit."
-        c,k = self.config,slots(self.config)
-        if c.expert_type == "expert_choice": k = min(c.num_experts, k * (c.moe_capacity_factor or 1.))
-        total,routed = (sum(p.numel() for p in m.parameters()) for m in (self, self.experts))
-        return total - routed + round(routed * k / c.num_experts)
+@patch
+def active_parameters(self:MoE)->int: # Weights that one token is multiplied with, on average
+    "All parameters but those of experts that a token does not visit."
+    c,k = self.config,slots(self.config)
+    if c.expert_type == "expert_choice": k = min(c.num_experts, k * (c.moe_capacity_factor or 1.))
+    total,routed = (sum(p.numel() for p in m.parameters()) for m in (self, self.experts))
+    return total - routed + round(routed * k / c.num_experts)
 
+# %% ../../nbs/3_model/37a_moe.ipynb #1bb9c1a3
 def make_ffn(config:BantamConfig # Of the layer
             )->nn.Module: # `FeedForward` gives a tensor, `MoE` a tensor and a report
     "The feed-forward part of a layer."
     return FeedForward(config) if config.expert_type == "dense" else MoE(config)
+
+

@@ -66,13 +66,13 @@ def put(text, nb):
     from nbdev.export import nb_export
     Path(nb).parent.mkdir(parents=True, exist_ok=True)
     how = ["--update", "--to", "ipynb"] if Path(nb).exists() else ["--to", "ipynb", "--set-kernel", "python3"]
-    subprocess.run(["jupytext", "-q", *how, "-o", str(nb), str(text)], check=True)
+    subprocess.run([sys.executable, "-m", "jupytext", "-q", *how, "-o", str(nb), str(text)], check=True)
     nb_export(Path(nb).absolute(), lib_path=get_config(path=Path(nb).parent).lib_path)
 
 
 def main(cmd, *files):
     if cmd == "text":
-        return subprocess.run(["jupytext", "-q", "--to", "py:percent", *PLAIN, files[0], "-o", "-"]).returncode
+        return subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", *PLAIN, files[0], "-o", "-"]).returncode
     if cmd == "put":
         put(*files)
         cmd, files = "run", files[1:]

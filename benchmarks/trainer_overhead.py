@@ -6,8 +6,8 @@ Overhead: the `small` preset at 256 tokens, default settings (micro-batches of 1
 the loader, the forward and backward passes, the update and the evaluation's own forward passes is training; all other wall time of the loop is overhead. A step, an evaluation
 and a checkpoint are measured by themselves and put together as often as the defaults ask for them. A second row has steps of a single micro-batch, where overhead weighs most.
 
-Saving: a checkpoint of about 100 MB (weights and optimiser), written, hashed, synced, renamed and pruned, beside the peer that writes as many bytes to one file and syncs it; the two take turns
-in the same folder. Figures are medians. The last line is one JSON object.
+Saving: a checkpoint of about 100 MB (weights and optimiser), written, hashed, synced and renamed, and the oldest one taken out of the list, beside the peer that writes as many bytes to one file and
+syncs it; the two take turns in the same folder. The place of the oldest is given back in the background, while training goes on; here that is waited for between the two, in neither's time. Figures are medians. The last line is one JSON object.
 """
 import argparse, contextlib, io, json, os, platform, statistics, tempfile, time
 
@@ -89,13 +89,16 @@ def naive(folder, size):
 
 def saving(t, rounds):
     "Bytes of a checkpoint; seconds to save it, and to write as many bytes naively, in turns."
+    from bantam.train.checkpoint import cleared
     ours, theirs = [], []
     for _ in range(rounds + 1):
+        cleared()
         t.saved, t.step = None, t.step + 1
         start = time.perf_counter()
         path = t.save()
         ours.append(time.perf_counter() - start)
         size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        cleared()
         theirs.append(naive(t.out_dir, size))
     return size, statistics.median(ours[1:]), statistics.median(theirs[1:])
 

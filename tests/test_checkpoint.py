@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from bantam.args import TrainingArgs
 from bantam import BantamConfig
-from bantam.core import BantamError
+from bantam.core import BantamError, sha256_file
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.tokenizer import BantamTokenizer
 from bantam.text.trainbpe import train_bpe
-from bantam.train.checkpoint import NEEDED, checkpoints, is_good, load_checkpoint, newest_checkpoint, pointed, save_checkpoint, verify_checkpoint
+from bantam.train.checkpoint import NEEDED, checkpoints, cleared, is_good, load_checkpoint, newest_checkpoint, pointed, save_checkpoint, verify_checkpoint
 from bantam.train.optim import build_optimizer
 
 ARGS = TrainingArgs(lr=.01, keep_last_k=3)
@@ -176,9 +176,30 @@ def test_keep_one_keeps_two_until_the_new_one_is_whole(tmp_path):
     for step in range(1, 6):
         with patch("os.fsync", watched("fsync")), patch("os.replace", watched("replace")), patch("os.unlink", watched("unlink")):
             save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1))
+            cleared()
         if step == 2: seen.clear()
     assert len(seen) > 30 and min(seen) == 2 and max(seen) == 3
     assert [c.name[-1] for c in checkpoints(tmp_path)] == ["5", "4"]
+
+
+def test_what_was_touched_is_read_again(run, tmp_path):
+    "An older checkpoint goes only when two others were read by this process and not touched since."
+    run, (model, opt) = shutil.copytree(run, tmp_path/"run"), fresh()
+    def save(step): save_checkpoint(run, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1))
+    read = []
+    with patch("bantam.train.checkpoint.sha256_file", lambda p, f=sha256_file: read.append(p) or f(p)): save(4)
+    assert {p.parent.name for p in read if p.name == "model.safetensors" and not p.parent.name.startswith(".")} == {"step-00000003"}  # a copy that this process has not read yet
+    assert [c.name[-1] for c in checkpoints(run)] == ["4", "3"]
+    stamp = (run/"checkpoints"/"step-00000004"/"model.safetensors").stat()
+    last_bit(run/"checkpoints"/"step-00000004"/"model.safetensors")
+    os.utime(run/"checkpoints"/"step-00000004"/"model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    read.clear()
+    with patch("bantam.train.checkpoint.sha256_file", lambda p, f=sha256_file: read.append(p) or f(p)): save(5)
+    assert {p.parent.name for p in read if p.name == "model.safetensors" and not p.parent.name.startswith(".")} == {"step-00000004"}
+    assert [c.name[-1] for c in checkpoints(run)] == ["5", "4", "3"]  # 4 is rotten, so 3 is the second good one
+    read.clear()
+    with patch("bantam.train.checkpoint.sha256_file", lambda p, f=sha256_file: read.append(p) or f(p)): newest_checkpoint(run)
+    assert {p.name for p in read} >= set(NEEDED)  # whoever loads reads everything
 
 
 def test_a_tagged_checkpoint_stays(tmp_path):
@@ -197,6 +218,7 @@ def after_a_failure(run, good, error):
     for c in good: verify_checkpoint(c)
     assert newest_checkpoint(run).name >= good[-1].name
     assert pointed(run, "latest") is not None
+    cleared()
     left = [p for home in (run, run/"checkpoints") for p in home.glob(".*")]
     assert left == []
 
@@ -220,6 +242,7 @@ def test_a_full_disk_loses_nothing(small_disk):
     for step in (1, 2): good.append(save_checkpoint(run, step, model, None, opt, dict(epoch=0), args))
     step = 3
     for pages in range(0, 60):
+        cleared()
         room = os.statvfs(small_disk)
         (small_disk/"ballast").write_bytes(bytes((room.f_bavail - pages)*room.f_frsize))
         try: made = save_checkpoint(run, step, model, None, opt, dict(epoch=0), args)
@@ -279,7 +302,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from test_checkpoint import ARGS, fresh
-from bantam.train.checkpoint import checkpoints, is_good, load_checkpoint, newest_checkpoint, save_checkpoint
+from bantam.train.checkpoint import checkpoints, cleared, is_good, load_checkpoint, newest_checkpoint, save_checkpoint
 
 run, kills, rnd = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
 args = ARGS.replace(keep_last_k=1)
@@ -315,6 +338,7 @@ for _ in range(kills):
     assert all((t == step).all() for t in (*model.parameters(), *opt.state_dict()[0].values()))
     assert sum(map(is_good, checkpoints(run))) >= min(2, step)
 save_checkpoint(run, step+1, model, None, opt, dict(epoch=0), args)
+cleared()
 assert not [p for home in (run, run/"checkpoints") for p in home.glob(".*")]
 assert len(checkpoints(run)) == 2
 print(f"killed {kills} times, {left} times in the middle, {step} steps")

@@ -115,11 +115,15 @@ def loss_and_grads(h_ND:Tensor, # Hidden states
         total = torch.zeros((), dtype=wide, device=h_ND.device)
         dh_ND = torch.empty_like(h_ND) if needs[0] else None
         dw_VD = torch.zeros_like(w_VD) if needs[1] else None
+        z_CV = x_ND.new_empty(min(chunk, len(h_ND)), len(w_VD))
+        wide_CV = z_CV if wide == dtype else torch.empty_like(z_CV, dtype=wide)
         for i in range(0, len(h_ND), chunk):
             x_CD,w_C1 = x_ND[i:i+chunk],weights_N[i:i+chunk,None]
-            losses_C,g_CV = chunk_gradient((x_CD @ wc_VD.T).to(wide), targets_N[i:i+chunk], shaping)
+            torch.mm(x_CD, wc_VD.T, out=z_CV[:len(x_CD)])
+            if wide != dtype: wide_CV[:len(x_CD)] = z_CV[:len(x_CD)]
+            losses_C,g_CV = chunk_gradient(wide_CV[:len(x_CD)], targets_N[i:i+chunk], shaping)
             total += (losses_C * w_C1[:,0]).sum()
-            g_CV = g_CV.to(dtype)
+            if wide != dtype: g_CV = z_CV[:len(x_CD)].copy_(g_CV)
             if needs[0]: torch.mul(g_CV @ wc_VD, w_C1, out=dh_ND[i:i+chunk])
             if needs[1]: add_product(dw_VD, g_CV.T, x_CD * w_C1.to(dtype))
     return total, dh_ND, dw_VD

@@ -7,6 +7,8 @@ __all__ = ['ORDER', 'define', 'trainbpe', 'init', 'pretrain', 'continue_pretrain
 
 # %% ../nbs/99_cli.ipynb #e7dc3a9e
 import os
+import shlex
+from functools import partial
 from pathlib import Path
 
 from .core import BantamError
@@ -14,7 +16,7 @@ import bantam.chat_verbs # makes `chat`
 import bantam.data_verbs # makes `data prepare` and `data preview`
 import bantam.decode_verbs # makes `generate`
 import bantam.expert_verbs # makes `experts train` and `experts list`
-from .train_verbs import shape_of, training # makes `plan`, `doctor`, `bench` and `sweep`
+from .train_verbs import TYPED, launched, shape_of, training, way_on # makes `plan`, `doctor`, `bench` and `sweep`
 from .verb import app, run_cli, show_yaml, verb
 
 # %% ../nbs/99_cli.ipynb #414e466d
@@ -85,7 +87,7 @@ def pretrain(config:Path|None=None, # Training file (training_args)
     if print_config: return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict()))
     from bantam.train.doctor import Checkup
     from bantam.train.pretrain import pretrain
-    report(pretrain(args, shape, [Checkup()]))
+    report(pretrain(args, shape, [Checkup()], way_on(args.out_dir)))
 
 # %% ../nbs/99_cli.ipynb #47c7024b
 @verb
@@ -93,6 +95,7 @@ def continue_pretrain(model:Path, # A model folder, a checkpoint, or a run folde
                       config:Path|None=None, # Training file (training_args)
                       dataset:str|None=None, # Files, folders, or a named corpus
                       out:Path|None=None, # The run folder
+                      resume_from:Path|None=None, # Go on with an interrupted run: its folder, or a checkpoint
                       device:str|None=None, # auto, cpu, cuda, mps
                       seed:int|None=None, # Of data order and samples
                       set:list[str]|None=None, # training_args.key=value
@@ -100,11 +103,11 @@ def continue_pretrain(model:Path, # A model folder, a checkpoint, or a run folde
                      )->None:
     "Train an existing model further on text, with a fresh schedule."
     from bantam.args import TrainingArgs
-    args,_ = training(TrainingArgs, config, set, dataset=dataset, out_dir=out, finetune_from=model, device=device, seed=seed)
+    args,_ = training(TrainingArgs, config, set, dataset=dataset, out_dir=out, finetune_from=model, resume_from_checkpoint=resume_from, device=device, seed=seed)
     if print_config: return show_yaml(dict(training_args=args.to_dict()))
     from bantam.train.doctor import Checkup
     from bantam.train.pretrain import pretrain
-    report(pretrain(args, None, [Checkup()]))
+    report(pretrain(args, None, [Checkup()], way_on(args.out_dir)))
 
 # %% ../nbs/99_cli.ipynb #a4972a3c
 @verb
@@ -126,8 +129,9 @@ def sft(model:Path|None=None, # A base model: its folder, a checkpoint, or a run
     args,_ = training(SFTArgs, config, set, dataset=dataset, stage=stage, sft_mode=mode, template=template, out_dir=out, finetune_from=model,
                       resume_from_checkpoint=resume_from, device=device, seed=seed)
     if print_config: return show_yaml(dict(sft_args=args.to_dict()))
+    from bantam.train.doctor import Checkup
     from bantam.tune.stages import tune
-    report(tune(args))
+    report(tune(args, [Checkup(args.template)], way_on(args.out_dir)))
 
 def report(result:dict # What a run returned
           )->None:
@@ -152,7 +156,7 @@ def demo(out:Path=Path("runs/demo"), # Everything that the demo makes
     from bantam.demo import demo, resolve
     asked = resolve(corpus=corpus, text=text, minutes=minutes, steps=steps, seed=seed, overrides=set or [])
     if print_config: return show_yaml(asked)
-    demo(out, asked)
+    demo(out, asked, partial(print, flush=True), shlex.join(TYPED) or None) # Flushed: a process that is killed shall have said it
 
 # %% ../nbs/99_cli.ipynb #82a1e868
 ORDER = "trainbpe define init plan doctor pretrain continue-pretrain sft generate chat demo bench sweep".split() # As one meets them; others come after
@@ -161,4 +165,5 @@ app.registered_commands.sort(key=lambda c: ORDER.index(c.name) if c.name in ORDE
 def main(argv:list|None=None # Words of the command line; None takes the program's own
         )->None:
     "Run `bantam-cli` and exit."
+    TYPED[:] = launched() if argv is None else ["bantam-cli", *argv]
     run_cli(argv)

@@ -72,7 +72,8 @@ def train_stage(model:BantamForCausalLM, # Fresh, or the base model
                 train:Loader, # Batches to learn from
                 valid:Loader, # Held-out ones
                 tok:BantamTokenizer, # Saved with the model
-                floors:dict|None=None # Lines for the loss curve: {name: nats per token}
+                floors:dict|None=None, # Lines for the loss curve: {name: nats per token}
+                command:str|None=None # The words that go on with it
                )->dict: # What the run came to
     "Train, or go on with a run that was interrupted; a finished one is not repeated."
     folder = Path(args.out_dir)
@@ -80,7 +81,7 @@ def train_stage(model:BantamForCausalLM, # Fresh, or the base model
     if (folder/"checkpoints").exists() and any((folder/"checkpoints").glob("step-*")): args = args.replace(resume_from_checkpoint=str(folder))
     speak = Samples(lambda m: complete(m, tok, [[tok.bos_id]], max_new_tokens=40, temperature=.7, seed=0)[0].text.replace("\n", " "))
     trainer = Trainer(model, args, train, valid, tok, [speak])
-    trainer.levels,trainer.resume_command = floors or {},f"bantam-cli demo --out {folder.parent} with the same options"
+    trainer.levels,trainer.resume_command = floors or {},command
     result = trainer.train()
     write_json(folder/"result.json", result)
     return result
@@ -111,12 +112,13 @@ def report_card(model:BantamForCausalLM, # The chat model
 # %% ../nbs/98_demo.ipynb #6e3c2ece
 def demo(out="runs/demo", # Everything that is made
          asked:dict|None=None, # From `resolve`
-         say=print # Where lines for people go
+         say=print, # Where lines for people go
+         command:str|None=None # The words that go on with it
         )->dict: # What `summary.json` holds
     "From text to a chat, in stages; an interrupted demo goes on where it was."
     began,out,asked = time.monotonic(),Path(out),asked or resolve()
     tune_allocator()
-    say(f"bantam demo in {out}")
+    say(f"bantam demo in {out}" + (f"; if it is broken off, go on with: {command}" if command else ""))
     for home in (out, out/"data", out/"base", out/"sft"): sweep(home)
     known = remember(out, asked)
     if (out/"summary.json").exists(): return closing(out, say)
@@ -129,14 +131,14 @@ def demo(out="runs/demo", # Everything that is made
     seed_everything(base.seed)
     model = BantamForCausalLM(config)
     say(f"pre-training {human(model.num_parameters())} parameters for {known['steps']} steps of {base.batch_size*base.accum_steps*base.seq_len} tokens")
-    first = train_stage(model, base, train, valid, tok, {f"{k} floor": f["loss"] for k,f in floors.items()})
+    first = train_stage(model, base, train, valid, tok, {f"{k} floor": f["loss"] for k,f in floors.items()}, command)
     remember(out, asked, seconds=seconds())
     model = BantamForCausalLM.from_pretrained(out/"base"/"model")
     bits = dict(base=evaluate_model(model, valid, tok, 40)["bits_per_byte"])
     say(f"fine-tuning for {known['sft_steps']} steps of dialogues")
     talk,heard = (sft_loader(dialogue_records(s, n), tok, tune, tune.seq_len, shuffle=s == "train") for s,n in (("train", 8000), ("valid", 400)))
     say(show_start(talk, tok))
-    train_stage(model, tune, talk, heard, tok)
+    train_stage(model, tune, talk, heard, tok, command=command)
     model = finish_chat(out)
     bits |= dict(chat=evaluate_model(model, valid, tok, 40)["bits_per_byte"], **{k: f["bits_per_byte"] for k,f in floors.items()})
     write_json(out/"summary.json", report_card(model, tok, first, bits, known, seconds()))

@@ -12,7 +12,7 @@ import typer
 
 from .core import BantamError, human, read_json
 from .data_verbs import under
-from .train_verbs import shape_of, training
+from .train_verbs import shape_of, training, way_on
 from .verb import app, show_yaml
 
 # %% ../nbs/98g_expert_verbs.ipynb #d8eb4e3d
@@ -42,7 +42,7 @@ def experts_train(config:Path|None=None, # Training file (training_args)
     shape,how = shape_of(mconf, preset, model_set),dict(rounds=rounds, beginning=beginning, share=share)
     if print_config: return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict(), experts=how))
     from bantam.train.turns import train_experts
-    result = train_experts(args, shape, **how)
+    result = train_experts(args, shape, **how, command=way_on(args.out_dir))
     if "whole_loss" in result: print(f"held-out loss with all experts: {result['whole_loss']:.4f}")
     print(f"model: {result['model']}")
 

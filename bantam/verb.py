@@ -112,5 +112,5 @@ def run_cli(argv:list|None=None # Words of the command line; None takes the prog
         else: code,text = 1,f"failed: {type(e).__name__}: {e} (--debug shows where)"
         if debug: traceback.print_exc()
     if echo: time.sleep(.5) # torchrun ends all ranks when one has ended: the one that speaks shall be first
-    if text and not echo: print("bantam: " + " ".join(text.split()), file=sys.stderr)
+    if text and not echo: print("bantam: " + re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)
     sys.exit(code)

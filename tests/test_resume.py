@@ -1,7 +1,10 @@
-"""A training process is killed, again and again, and must end with the bits of one that was left alone."""
+"""A training process is killed, again and again, goes on each time with the very line that it printed, and must end with the bits of one that was left alone."""
 import json
 import os
 import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,81 +13,76 @@ from pathlib import Path
 
 import pytest
 
-CHILD = '''
-import json
-import sys
-from pathlib import Path
-import torch
-from bantam.args import TrainingArgs
-from bantam import BantamConfig
-from bantam.data.loader import BlockDataset, Loader
-from bantam.data.pack import Shards
-from bantam.model.lm import BantamForCausalLM
-from bantam.runtime import seed_everything
-from bantam.text.tokenizer import BantamTokenizer
-from bantam.train.checkpoint import checkpoints
-from bantam.train.trainer import Interrupted, Trainer
-
-data, out, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-torch.set_num_threads(1)
-tokenizer = BantamTokenizer.load(data)
-loaders = [Loader(BlockDataset(Shards(f"{data}/{split}", tokenizer), 16), batch_size=2, seed=3, num_workers=changes.get("num_workers", 0)) for split in ("train", "valid")]
-seed_everything(3)
-model = BantamForCausalLM(BantamConfig.from_preset("tiny", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
-                                                   num_hidden_layers=1, residual_dropout=.1))
-given = dict(out_dir=out, optimizer="muon", precision="bf16", lr=1e-2, batch_size=2, accum_steps=2, max_steps=60, seed=3, device="cpu",
-             log_every_n=1, eval_every_n=10, eval_batches=2, save_every_n=3, resume_from_checkpoint=out if checkpoints(out) else None)
-args = TrainingArgs(**given | changes)
-
-class Tell:
-    def on_step(self, trainer, row): print("step", row["step"], flush=True)
-
-print("ready", flush=True)
-try: Trainer(model, args, *loaders, tokenizer, [Tell()]).train()
-except Interrupted as e: print(e); sys.exit(130)
-print("done", flush=True)
-'''
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    "Shards and a tokenizer, made once."
-    from bantam.data.offline import documents
-    from bantam.data.pack import write_shards
-    from bantam.text.trainbpe import train_bpe
-    folder = tmp_path_factory.mktemp("data")
-    texts = [d["text"] for d in documents(120, seed=1) if "text" in d]
-    tokenizer = train_bpe(texts, vocab_size=400)
-    tokenizer.save(folder)
-    for split, part in (("train", texts[:-10]), ("valid", texts[-10:])):
-        write_shards((tokenizer.encode(t, add_bos=True, add_eos=True) for t in part), folder/split, tokenizer)
-    return folder
-
-
+ROOT = Path(__file__).parent.parent
+ENV = os.environ | dict(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, residual_dropout=.1)
+RUN = dict(optimizer="muon", precision="bf16", lr=1e-2, seq_len=16, batch_size=2, accum_steps=2, max_steps=60, seed=3, device="cpu", log_every_n=1, eval_every_n=10, eval_batches=2, save_every_n=3)
 MUON = dict() # Muon, bf16, accumulation 2, dropout
 EVERYTHING = dict(ema_half_life=4., dropout_anneal=dict(start=1., end=0., steps=40))
 
 
-def start(data, out, changes=MUON):
-    "A training process; it resumes by itself when `out` holds checkpoints."
-    env = os.environ | dict(OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(Path(__file__).parent.parent))
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(data), str(out), json.dumps(changes)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "Shards, dialogues, a tokenizer, the file of a model and a model, made once."
+    from bantam.config import BantamConfig
+    from bantam.data.offline import dialogues, documents
+    from bantam.data.pack import write_shards
+    from bantam.text.trainbpe import train_bpe
+    from bantam.train.pretrain import init_model
+    folder = tmp_path_factory.mktemp("data")
+    texts = [d["text"] for d in documents(120, seed=1) if "text" in d]
+    tokenizer = train_bpe(texts, vocab_size=400)
+    tokenizer.save(folder/"tokenizer")
+    for split, part in (("train", texts[:-10]), ("valid", texts[-10:])):
+        write_shards((tokenizer.encode(t, add_bos=True, add_eos=True) for t in part), folder/split, tokenizer)
+        (folder/f"{split}.jsonl").write_text("".join(json.dumps(dict(messages=d["messages"])) + "\n" for d in dialogues(200, seed=0, split=split, kinds=("opposites",))))
+    (folder/"model.yaml").write_text("bantam_config: " + json.dumps(SHAPE))
+    (folder/"experts.yaml").write_text("bantam_config: " + json.dumps(SHAPE | dict(expert_type="topk", num_experts=3, moe_intermediate_size=32)))
+    init_model(folder/"base", lambda **known: BantamConfig(**SHAPE, **known), str(folder/"tokenizer"))
+    return folder
 
 
-def wait_for(process, word):
-    "Read lines until one begins with `word`; all lines when the process ends first."
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(word): return lines
-    return lines
+def command(data, out, changes=MUON, verb="pretrain", *more, program=(sys.executable, "-m", "bantam")):
+    "The line that begins a run."
+    talk = "jsonl" if verb == "sft" else None
+    where = dict(dataset=str(data/(f"train.{talk}" if talk else "train")), valid_dataset=str(data/(f"valid.{talk}" if talk else "valid")))
+    if verb in ("pretrain", "experts train"): where |= dict(tokenizer=str(data/"tokenizer"))
+    config = out.with_name(f"{out.name}.yaml")
+    config.write_text("training_args: " + json.dumps(RUN | where | changes))
+    return shlex.join([*program, *verb.split(), "--config", str(config), "--out", str(out), *map(str, more)])
 
 
-def finish(process):
-    text = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, text
-    return text
+def from_file(data): return "pretrain", "--mconf", data/"model.yaml"
+
+
+class Run:
+    "A process started by a line of the shell, and what it has said so far."
+    def __init__(self, line):
+        self.process, self.said = subprocess.Popen("exec " + line, shell=True, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT), []
+
+    def until(self, word):
+        "Read lines until one begins with `word`; False when the process ends first."
+        for line in self.process.stdout:
+            self.said.append(line)
+            if line.startswith(word): return True
+        return False
+
+    def end(self, rc=0):
+        "All that it said, to the end."
+        text = "".join(self.said) + self.process.communicate(timeout=300)[0]
+        assert self.process.returncode == rc, text
+        self.said = text.splitlines(keepends=True)
+        return text
+
+    @property
+    def go_on(self):
+        "The last line that it offered for going on."
+        return re.findall("go on with: (.*)", "".join(self.said))[-1]
+
+    def kill(self):
+        self.process.kill()
+        assert self.process.wait() == -signal.SIGKILL
+        self.process.stdout.close()
 
 
 def outcome(out):
@@ -112,33 +110,35 @@ def whole(data, changes=MUON):
     kind = json.dumps(changes)
     if kind not in WHOLE:
         out = data/f"whole-{len(WHOLE)}"
-        finish(start(data, out, changes))
+        Run(command(data, out, changes, *from_file(data))).end()
         WHOLE[kind] = outcome(out)
     return WHOLE[kind]
 
 
-def reach(process, out, steps, inside):
+def in_a_save(out): return any(not (p/"manifest.json").exists() for p in (out/"checkpoints").glob(".tmp-*"))
+
+
+def reach(run, out, steps, inside):
     "Let the process take `steps` more steps; then, if asked, wait until it is inside a save. False when it ended before."
     for _ in range(steps):
-        if not wait_for(process, "step")[-1:][0].startswith("step"): return False
-    while inside and process.poll() is None:
-        if any((out/"checkpoints").glob(".tmp-*")): return True
+        if not run.until("step "): return False
+    while inside and run.process.poll() is None:
+        if in_a_save(out): return True
         time.sleep(.0005)
-    return process.poll() is None
+    return run.process.poll() is None
 
 
 def kill_often(data, out, times, changes):
-    "Kill `times` processes after random numbers of steps, every third one inside a save; then let one end. How many died inside?"
-    rng, inside = random.Random(times), 0
+    "Kill `times` processes after random numbers of steps, the first before there is a checkpoint, every third inside a save; then let one end. How many died inside?"
+    rng, inside, line = random.Random(times), 0, command(data, out, changes, *from_file(data))
     for i in range(times):
-        p = start(data, out, changes)
-        assert reach(p, out, rng.randint(1, 7), i % 3 == 2), "the run was over before all kills; give it more steps"
-        time.sleep(rng.random()*.004)  # somewhere in a step, or in the save
-        p.kill()
-        assert p.wait() == -signal.SIGKILL
-        p.stdout.close()
-        inside += any((out/"checkpoints").glob(".tmp-*"))
-    finish(start(data, out, changes))
+        run = Run(line)
+        assert reach(run, out, rng.randint(1, 7) if i else 1, i % 3 == 2), "the run was over before all kills; give it more steps: " + "".join(run.said)
+        if i: time.sleep(rng.random()*.004)  # somewhere in a step, or in the save
+        run.kill()
+        inside += in_a_save(out)
+        line = run.go_on
+    Run(line).end()
     return inside
 
 
@@ -157,19 +157,62 @@ def test_sigkill(data, tmp_path, times, changes):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(data, tmp_path, number):
     out = tmp_path/"run"
-    p = start(data, out, EVERYTHING)
-    wait_for(p, "step 7\n" if number == signal.SIGTERM else "step 33\n")
-    p.send_signal(number)
-    text = p.communicate(timeout=120)[0]
-    assert p.returncode == 130, text
-    assert f"stopped by {number.name} at step" in text and "go on with: " in text and "Traceback" not in text
+    run = Run(command(data, out, EVERYTHING, *from_file(data)))
+    run.until("step 7/" if number == signal.SIGTERM else "step 33/")
+    first = run.go_on
+    run.process.send_signal(number)
+    text = run.end(130)
+    assert f"stopped by {number.name} at step" in text and "Traceback" not in text and run.go_on == first
     assert not (out/"model").exists()
-    finish(start(data, out, EVERYTHING))
+    Run(run.go_on).end()
     assert differing(outcome(out), whole(data, EVERYTHING)) == []
+
+
+VERBS = { # words of a run, and what it leaves
+    "continue-pretrain": lambda d: ("continue-pretrain", "--model", d/"base"),
+    "sft": lambda d: ("sft", "--model", d/"base", "--mode", "lora", "--set", "sft_args.lora_r=4"),
+    "sft-full": lambda d: ("sft", "--model", d/"base", "--mode", "full", "--template", "chatml"),
+    "experts": lambda d: ("experts train", "--mconf", d/"experts.yaml", "--rounds", 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_long_verb_says_the_line_that_goes_on(data, tmp_path, verb):
+    "Killed before the first checkpoint, killed after it, asked to stop; the program is called by its name, and once by its module."
+    name = shutil.which("bantam-cli", path=str(Path(sys.executable).parent))
+    program = (sys.executable, "-m", "bantam") if verb == "experts" or not name else (name,)
+    changes = dict(max_steps=24, seq_len=128 if verb.startswith("sft") else 16)
+    one, two = tmp_path/"left alone", tmp_path/"killed twice"
+    Run(command(data, one, changes, *VERBS[verb](data), program=program)).end()
+    line = command(data, two, changes, *VERBS[verb](data), program=program)
+    for step, number in ((2, signal.SIGKILL), (8, signal.SIGKILL), (14, signal.SIGINT)):
+        run = Run(line)
+        assert run.until(f"step {step}/"), run.said
+        assert run.go_on.endswith(shlex.join(["--resume-from", str(two)])) and "--config" in run.go_on
+        if number == signal.SIGKILL: run.kill()
+        else:
+            run.process.send_signal(number)
+            run.end(130)
+        line = run.go_on
+    text = Run(line).end()
+    assert "begins again" not in text
+    assert differing(outcome(two), outcome(one)) == []
+    if verb == "sft": assert (two/"adapter/adapter_model.safetensors").read_bytes() == (one/"adapter/adapter_model.safetensors").read_bytes()
 
 
 def test_a_difference_would_be_seen(data, tmp_path):
     "The same run with another precision is another run."
-    finish(start(data, tmp_path/"run", EVERYTHING | dict(precision="fp32")))
+    Run(command(data, tmp_path/"run", EVERYTHING | dict(precision="fp32"), *from_file(data))).end()
     found = differing(outcome(tmp_path/"run"), whole(data, EVERYTHING))
     assert "csv" in found and "model model.safetensors embed_tokens.weight" in found
+
+
+def test_nothing_to_go_on_from(data, tmp_path):
+    "A folder that never was a run is refused; so is a run whose checkpoints are gone."
+    out = tmp_path/"run"
+    for there in (False, True):
+        if there:
+            (out/"logs").mkdir(parents=True)
+            (out/"latest").write_text("step-00000030\n")
+        text = Run(command(data, out, MUON, *from_file(data), "--resume-from", out)).end(2)
+        assert "holds no good checkpoint" in text and "begins again" not in text

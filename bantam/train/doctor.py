@@ -71,7 +71,7 @@ class Patient:
     tokenizer:BantamTokenizer|None=None # Made the data
     precision:str="fp32" # Of the matrix products
     start:object=None # Folder of the weights that the run begins with; None is a fresh model
-    template:str|None=None # Name of the template, where dialogues are the data
+    template:str|None=None # Name or file of the template, where dialogues are the data
     fast:bool=True # Look at a few batches only
     position:int=0 # The first batch that will be trained on
 
@@ -122,7 +122,7 @@ def marks_are_single_ids(patient:Patient # Its tokenizer and template are read
     "Is every mark of the template one id that the model knows?"
     tok,name = patient.tokenizer,patient.template or "bantam"
     if tok is None: return Verdict("ok", "no tokenizer was given")
-    template,V = ChatTemplate.named(name),patient.model.config.vocab_size
+    template,V = ChatTemplate.load(name),patient.model.config.vocab_size
     marks = set(template.tokens)
     odd = sorted(m for m in marks if (i := tok.id_of(m)) is None or i >= V or tok.encode(m, allow_special=True) != [i])
     if not odd: return Verdict("ok", f"{len(marks)} marks of {name} are single ids")

@@ -113,7 +113,8 @@ def build_model(args:TrainingArgs, # Says what the run begins with
 # %% ../../nbs/4_train/45a_pretrain.ipynb #d588f71b
 def pretrain(args:TrainingArgs, # Everything the run is told
              shape=None, # A function: what the tokenizer knows -> `BantamConfig`
-             callbacks=() # Handed to the trainer
+             callbacks=(), # Handed to the trainer
+             command:str|None=None # The words that go on with this run; said at its start and when it is asked to stop
             )->dict: # What `Trainer.train` returns
     "Train on text: from the beginning, from another model, or on from where it stopped."
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
@@ -123,7 +124,7 @@ def pretrain(args:TrainingArgs, # Everything the run is told
     seq_len = args.seq_len or model.config.max_position_embeddings
     with Ranks.current(args.device, args.parallel).first(): train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"), seq_len)
     trainer = Trainer(model, args, train, valid, tokenizer, callbacks)
-    trainer.resume_command = f"bantam-cli pretrain --resume-from {args.out_dir} with the same options"
+    trainer.resume_command = command
     return trainer.train()
 
 # %% ../../nbs/4_train/45a_pretrain.ipynb #3c84cf2f

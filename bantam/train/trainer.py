@@ -78,7 +78,7 @@ class Trainer:
         self.seconds,self.best,self.rng,self.saved,self.stop = 0.,None,None,None,None
         self.levels = {} # Lines for the loss curve to compare with: {name: nats per token}
         self.sections = {} # What the caller adds to the report, such as an account of its data
-        self.resume_command = f"resume_from_checkpoint: {self.out_dir}" # The command line puts its own here
+        self.resume_command = None # The words that go on with this run, where a command line began it
         start = newest_checkpoint(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
         if checkpoints(self.out_dir) and not (start and start.resolve().is_relative_to(self.out_dir.resolve())):
             raise BantamError(f"{self.out_dir} already holds a run; set resume_from_checkpoint to go on with it, or choose another out_dir")
@@ -253,6 +253,7 @@ def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds
     self._begin()
     try:
         with stop_signals(self, twice=self.ranks.size == 1):
+            if self.resume_command: self.console.say(f"if this run is broken off, go on with: {self.resume_command}")
             self.tell("on_start")
             while self.step < self.total_steps:
                 self._stop_if_asked()
@@ -261,13 +262,18 @@ def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds
                 loss = self.contest(row, regular)
                 if regular or (self.args.save_on_improve and self.better(loss)): self.save(loss)
             return self.finish()
-    except RuntimeError as e: raise self.ranks.lost(e, f"step {self.step}", f"the last checkpoint is in {self.out_dir/'checkpoints'}; go on with: {self.resume_command}")
+    except RuntimeError as e: raise self.ranks.lost(e, f"step {self.step}", f"the last checkpoint is in {self.out_dir/'checkpoints'}; go on with: {self.way_on}")
     except StopAsked:
         with nullcontext() if self.ranks.size == 1 else stop_signals(self, twice=False): path,name,self.stop = self.save(),self.stop,None
-        raise self.ranks.said(Interrupted(f"stopped by {name} at step {self.step} of {self.total_steps}, saved {path}; go on with: {self.resume_command}", path)) from None
+        raise self.ranks.said(Interrupted(f"stopped by {name} at step {self.step} of {self.total_steps}, saved {path}; go on with: {self.way_on}", path)) from None
     finally:
         self.tell("on_close")
         self.console.close(); self.log.close()
+
+@patch(as_prop=True)
+def way_on(self:Trainer)->str: # A command line, or an argument
+    "What goes on with this run."
+    return self.resume_command or f"resume_from_checkpoint: {self.out_dir}"
 
 @patch
 def _stop_if_asked(self:Trainer):
@@ -294,3 +300,6 @@ def _begin(self:Trainer):
     self.flops_per_token = self.model.flops_per_token(self.data.batch(0).x_BT.shape[1])
     self.peak = peak_speed(self.device, self.precision)*self.ranks.size
     self.since,self.began = (self.tokens, self.seconds),(time.monotonic(), self.step)
+    if self.saved and not self.saved[1].resolve().is_relative_to(self.out_dir.resolve()): # From now on this folder alone is enough to go on
+        self.saved = None
+        self.save()

@@ -27,6 +27,7 @@ from ..runtime import seed_everything
 from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from .checkpoint import newest_checkpoint, weights_folder
+from .distributed import Ranks
 from .experts import alone, config_of, expert_file, is_split, join_experts, num_experts, on_demand, piece, routed, shapes_of, split_experts, write_parts
 from .pretrain import load_tokenizer, loaders
 from .step import measure
@@ -220,10 +221,13 @@ def train_experts(args:TrainingArgs, # Everything the run is told; `active_exper
                   rounds:int=2, # Turns of each expert
                   beginning:float=.25, # Share of the steps in which all learn the same, before the rounds
                   share:float=.8, # Of what an expert learns in its turn, that the others take over
-                  callbacks=() # Handed to the trainer
+                  callbacks=(), # Handed to the trainer
+                  command:str|None=None # The words that go on with this run; said at its start and when it is asked to stop
                  )->dict: # What `Trainer.train` returns, and `whole_loss`: held-out loss with all experts
     "Train a model with experts in the memory of one: from the beginning, from another model, or on from where it stopped."
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
+    ranks = Ranks.current(args.device, args.parallel)
+    if ranks.size > 1: raise ranks.said(BantamError("experts that take turns are trained by one process, which alone moves them between memory and their files; start without torchrun"))
     if args.ema_half_life: raise BantamError("ema_half_life would average different experts with each other; leave it out when experts are trained in turn")
     if args.resume_from_checkpoint: check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
     out,tokenizer = Path(args.out_dir),load_tokenizer(args)
@@ -239,7 +243,7 @@ def train_experts(args:TrainingArgs, # Everything the run is told; `active_exper
     model.turns = told
     if not args.resume_from_checkpoint and model.active != turns[0].expert: model.sit(turns[0].expert)
     trainer.callbacks.insert(0, Rotation(turns))
-    trainer.resume_command = f"bantam-cli experts train --resume-from {out} with the same options"
+    trainer.resume_command = command
     result = trainer.train()
     checkpoint = Path(result["checkpoint"])
     join_experts(checkpoint, out/"model")

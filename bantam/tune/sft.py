@@ -129,11 +129,14 @@ def base_of(args:SFTArgs # Of a new run, or of one that goes on
 # %% ../../nbs/6_tune/62_sft.ipynb #01929bf7
 def sft(args:SFTArgs, # Everything the run is told
         callbacks=(), # Handed to the trainer
+        command:str|None=None, # The words that go on with this run; said at its start and when it is asked to stop
         records=None # A function: args and `train` or `valid` -> records; None reads the data set as it is
        )->dict: # What `Trainer.train` returns; with adapters also `adapter`, a folder
     "Fine-tune a model on dialogues, or go on with such a run."
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
     if not (args.finetune_from or args.resume_from_checkpoint): raise BantamError("finetune_from is not set; name the model to fine-tune")
+    ranks = Ranks.current(args.device, args.parallel)
+    if ranks.sharded and args.sft_mode == "lora": raise ranks.said(BantamError("parallel fsdp cuts weights that adapters leave as they are; use parallel: ddp, or sft_mode: full"))
     if args.stage and records is None: raise BantamError("stage is set, and this function knows no stages; call `tune` of room 63 instead")
     if args.resume_from_checkpoint: check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
     tokenizer,template,read = load_tokenizer(args),ChatTemplate.load(args.template),records or records_of
@@ -141,18 +144,19 @@ def sft(args:SFTArgs, # Everything the run is told
     tokenizer.chat_template = template.jinja()
     model,base = tuned_model(args, template, tokenizer),base_of(args)
     seq_len = args.seq_len or model.config.max_position_embeddings
-    train = sft_loader(read(args, "train"), tokenizer, args, seq_len)
-    valid = sft_loader(read(args, "valid"), tokenizer, args, seq_len, shuffle=False) if args.eval_every_n else None
-    if Ranks.current(args.device, args.parallel).main:
+    with ranks.first():
+        train = sft_loader(read(args, "train"), tokenizer, args, seq_len)
+        valid = sft_loader(read(args, "valid"), tokenizer, args, seq_len, shuffle=False) if args.eval_every_n else None
+    if ranks.main:
         print(show_start(train, tokenizer, colour=sys.stdout.isatty()))
         if isinstance(model, AdaptedLM): print(model.share())
     trainer = Trainer(model, args, train, valid, tokenizer, callbacks)
     trainer.sections["Dialogues"] = repr(train.dataset.account)
-    trainer.resume_command = f"bantam-cli sft --resume-from {args.out_dir} with the same options"
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    write_json(Path(args.out_dir)/"base.json", dict(finetune_from=base))
+    trainer.resume_command = command
+    def begin():
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out_dir)/"base.json", dict(finetune_from=base))
+    ranks.alone(begin)
     result = trainer.train()
-    if isinstance(model, AdaptedLM):
-        tokenizer.save(model.save_adapter(Path(args.out_dir)/"adapter", base))
-        result["adapter"] = str(Path(args.out_dir)/"adapter")
+    if isinstance(model, AdaptedLM): result["adapter"] = ranks.alone(lambda: str(tokenizer.save(model.save_adapter(Path(args.out_dir)/"adapter", base))))
     return result

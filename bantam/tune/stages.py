@@ -205,7 +205,8 @@ def stage_records(args:SFTArgs, # `stage`, `stage_limit`, and the data set
     return found
 
 def tune(args:SFTArgs, # Everything the run is told
-         callbacks=() # Handed to the trainer
+         callbacks=(), # Handed to the trainer
+         command:str|None=None # The words that go on with this run
         )->dict: # What `sft` returns
     "Fine-tune, on a stage where one is named."
-    return sft(args, callbacks, stage_records if args.stage else None)
+    return sft(args, callbacks, command, stage_records if args.stage else None)

@@ -7,6 +7,7 @@ __all__ = ['fit', 'BantamChat']
 
 # %% ../../nbs/7_chat/72_chat.ipynb #943e679b
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -14,6 +15,7 @@ from fastcore.basics import patch
 from .spans import AnswerReader, CallConstraint, Piece, message_of
 from .tools import ToolBox, call_schema
 from ..core import BantamError, write_json
+from ..decode.constrain import JsonConstraint
 from ..decode.generate import GenerationArgs
 from ..model.lm import BantamForCausalLM
 import bantam.model.account # adds num_parameters
@@ -56,7 +58,7 @@ class BantamChat:
                  on_drop:Callable|None=None, # Called with the messages that are dropped
                  max_tool_iterations:int=5, # How often the model may call before it must answer
                  show_thinking:bool=False, # Are THINK spans part of what `stream` yields?
-                 constrain:Callable|None=None # (schema, tokenizer) -> a constraint that calls are held to
+                 constrain:bool|Callable=False # Hold calls to the schema of the tools? Or by what: (schema, tokenizer) -> a constraint
                 ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise BantamError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -68,9 +70,11 @@ class BantamChat:
         self.stop_ids = self.template.stop_ids(tokenizer)
         self.tools = tools if isinstance(tools, ToolBox) else ToolBox(tools)
         self.max_tool_iterations,self.show_thinking,self.constrain = max_tool_iterations,show_thinking,constrain
+        if constrain and not len(self.tools): raise BantamError("constrain holds the calls of tools to their form, and there are no tools")
         if len(self.tools): self._check_tools()
         plain = dict(repetition_penalty=1., no_repeat_ngram_size=0) if len(self.tools) else {}
         self.generation = generation or GenerationArgs(**plain)
+        if constrain: self._call_form(self.generation) # what cannot be followed is found now
         self.reset()
         if system is not None: self.system = system
 
@@ -151,13 +155,14 @@ def begin(self:BantamChat,
     args = args.replace(max_new_tokens=min(args.max_new_tokens, context-len(ids)))
     seed = None if self.seed is None else self.seed + self.answers
     input_ids,held = torch.tensor([ids], device=self.model.head_weight.device),{}
-    if len(self.tools) and self.constrain: held["constraint"] = CallConstraint(self._call_form, self.tokenizer)
+    if self.constrain: held["constraint"] = CallConstraint(partial(self._call_form, args), self.tokenizer)
     return kept,dropped,self.model.stream(input_ids, args, stop_ids=self.stop_ids, seed=seed, **held)
 
 @patch
-def _call_form(self:BantamChat):
+def _call_form(self:BantamChat, args):
     "A fresh constraint for one call."
-    return self.constrain(call_schema(self.tools), self.tokenizer)
+    make = partial(JsonConstraint, free=max(1, args.max_new_tokens//2)) if self.constrain is True else self.constrain
+    return make(call_schema(self.tools), self.tokenizer)
 
 # %% ../../nbs/7_chat/72_chat.ipynb #4268d25a
 @patch

@@ -177,6 +177,7 @@ class Batch:
         if self.why_alone: self.rows.append(row); self.steps = self.solo(row)
         else: self.reading.append((row, KVCache(self.model.config.num_hidden_layers)))
 
+    @torch.inference_mode()
     def leave(self,
               row:Row # Wherever it is
              )->None:

@@ -178,19 +178,34 @@ def after(self:Engine,
     return jobs
 
 @patch
+def round(self:Engine)->bool: # Does it go on?
+    "Wait for work, and do one step of it."
+    with self.lock:
+        while not (self.jobs or self.closing): self.lock.wait()
+        ring(self.sort_out())
+        if self.closing: return False
+    spoke = self.batch.step()
+    with self.lock: news = self.after(spoke)
+    ring(news)
+    return True
+
+@patch
+def give_up(self:Engine,
+            e:Exception # What nobody has expected: no memory, or a mistake of ours
+           )->None:
+    "Fail everybody, and begin again with an empty batch."
+    with self.lock:
+        gone,old = list(dict.fromkeys(self.jobs.values())),self.batch
+        for job in gone: job.error = Failed(f"{type(e).__name__}: {e}")
+        self.counts["failed"] += len(gone)
+        self.jobs.clear(); self.waiting.clear()
+        self.batch = Batch(old.model, old.seats, old.chunk)
+    ring(gone)
+
+@patch
 def work(self:Engine)->None:
     "What the thread does until it is closed."
-    while True:
-        with self.lock:
-            while not (self.jobs or self.closing): self.lock.wait()
-            ring(self.sort_out())
-            if self.closing: return
-        try: spoke = self.batch.step()
-        except Exception as e: # not one row's fault: memory, or a mistake of ours
-            with self.lock: gone = list(dict.fromkeys(self.jobs.values()))
-            for job in gone:
-                with self.lock: self.drop(job, Failed(f"{type(e).__name__}: {e}"))
-            ring(gone)
-        else:
-            with self.lock: news = self.after(spoke)
-            ring(news)
+    going = True
+    while going:
+        try: going = self.round()
+        except Exception as e: self.give_up(e)

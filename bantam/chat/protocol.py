@@ -182,7 +182,8 @@ def wrong(e:ValidationError, # What pydantic found
           kind:type # The schema
          )->Refused:
     "The first mistake, named."
-    first = e.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = e.errors(include_url=False, include_context=False, include_input=False)
+    first = max([f for f in found if f["loc"][:2] == found[0]["loc"][:2]], key=lambda f: len(f["loc"])) # of a union, who came furthest
     path = [p for p in first["loc"] if isinstance(p, int) or p.replace("_", "").isalpha() and p not in ("str", "bool", "int", "float")]
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")[:200]
     if first["type"] == "extra_forbidden": text = f"unknown field '{where}'{nearest(str(path[-1]), list(kind.model_fields)) if len(path) == 1 else ''}"

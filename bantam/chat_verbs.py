@@ -46,6 +46,7 @@ def chat(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
          tools:list[str]|None=None, # What it may call: calculator, python, search, browse; may be repeated
          search_url:str|None=None, # A search service that answers ?q=...&format=json with JSON, such as SearXNG
          allow:list[str]|None=None, # A host that the browser may open; may be repeated
+         constrain:bool=False, # Hold calls of tools to their schema
          think:bool=False, # Show what the model thinks
          temperature:float|None=None, # 0 takes the likeliest token
          max_new_tokens:int|None=None, # Longest answer, in tokens
@@ -58,11 +59,12 @@ def chat(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
     from bantam.train.checkpoint import weights_folder
     from bantam.tune.lora import is_adapter
     made,asked = tools_named(tools, search_url, allow),dict(temperature=temperature, max_new_tokens=max_new_tokens)
+    if constrain and not made: raise BantamError("--constrain is for calls of tools; add --tools NAME")
     if made: asked |= dict(repetition_penalty=1., no_repeat_ngram_size=0) # a call repeats what the user said
     folder = model if is_adapter(model) else weights_folder(model)
     how = GenerationArgs.load(folder, **{k: v for k,v in asked.items() if v is not None})
     talk = BantamChat.from_pretrained(folder, device=device, base=base, template=template, tools=made, system=system, seed=seed, generation=how,
-                                      show_thinking=think)
+                                      show_thinking=think, constrain=constrain)
     print(f"{model}: {talk.model.num_parameters():,} parameters. /help lists the commands, Ctrl+C stops an answer, /exit leaves.")
     chat_loop(talk, *terminal())
 

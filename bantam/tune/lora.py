@@ -25,6 +25,7 @@ def lora_targets(model:BantamForCausalLM, # The model that gets adapters
                  asked:list|None=None # Names such as `qkv_proj`; None is all that can have one
                 )->list[str]: # Last parts of the names of layers
     "The layers that get an adapter."
+    if model.quantization: raise BantamError("a quantised model cannot be trained, nor carry an adapter; tune the model that it was made of, and quantise that again")
     can = sorted({n.split(".")[-1] for n,m in model.layers.named_modules() if isinstance(m, nn.Linear) and not n.endswith("router")})
     for name in asked or []:
         if name in ("embed_tokens", "lm_head"): raise BantamError(f"lora_target_modules: {name} is the word table or the head; its rows are trained by lora_train_tokens instead")

@@ -16,6 +16,7 @@ import bantam.chat_verbs # makes `chat`
 import bantam.data_verbs # makes `data prepare` and `data preview`
 import bantam.decode_verbs # makes `generate`
 import bantam.expert_verbs # makes `experts train` and `experts list`
+import bantam.serve_verb # makes `serve`
 from .train_verbs import TYPED, launched, shape_of, training, way_on # makes `plan`, `doctor`, `bench` and `sweep`
 from .verb import app, run_cli, show_yaml, verb
 
@@ -159,7 +160,7 @@ def demo(out:Path=Path("runs/demo"), # Everything that the demo makes
     demo(out, asked, partial(print, flush=True), shlex.join(TYPED) or None) # Flushed: a process that is killed shall have said it
 
 # %% ../nbs/99_cli.ipynb #82a1e868
-ORDER = "trainbpe define init plan doctor pretrain continue-pretrain sft generate chat demo bench sweep".split() # As one meets them; others come after
+ORDER = "trainbpe define init plan doctor pretrain continue-pretrain sft generate chat serve demo bench sweep".split() # As one meets them; others come after
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name) if c.name in ORDER else len(ORDER))
 
 def main(argv:list|None=None # Words of the command line; None takes the program's own

@@ -70,7 +70,7 @@ textarea, input { font: inherit; color: inherit; background: var(--card); border
 input[type=range] { padding: 0; accent-color: var(--accent); }
 input[type=number] { width: 8rem; }
 ol { list-style: none; margin: 1rem 0; padding: 0; display: flex; flex-direction: column; gap: .8rem; }
-li { max-width: 88%; padding: .6rem .9rem; border-radius: .9rem; background: var(--card); border: 1px solid var(--line); }
+li { scroll-margin-bottom: 8rem; max-width: 88%; padding: .6rem .9rem; border-radius: .9rem; background: var(--card); border: 1px solid var(--line); }
 li.user { align-self: flex-end; background: var(--mine); border-color: transparent; }
 li b { display: block; font-size: .75rem; color: var(--soft); }
 .words { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }

@@ -53,7 +53,7 @@ def complete(model:BantamForCausalLM, # The model
     answers = []
     for some,seed_,n in ask:
         ids,mask = left_pad([prompt_ids(tokenizer, p) for p in some], tokenizer.pad_id)
-        ids,mask = (x.to(model.head_weight.device) for x in (ids, mask))
+        ids,mask = (x.to(model.device) for x in (ids, mask))
         steps = list(model.steps(ids, args, attention_mask=mask, seed=seed_, num_samples=n, draft=draft, **how))
         for b,row in enumerate(torch.stack([s.ids_B for s in steps], 1).tolist()):
             done = read_out(tokenizer, row, stop_ids, stop)
@@ -102,7 +102,7 @@ def stream(model:BantamForCausalLM, # The model
            **options # `seed`, `use_cache`, fields of `GenerationArgs`
           )->Iterator: # of texts
     "What `generate` returns, in pieces, each as soon as it is certain; never half a character."
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.head_weight.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     stop_ids,stop = model.stops(stop_ids, stop)
     steps = model.stream(ids, args, stop_ids=stop_ids, **options)
     def pieces():

@@ -92,7 +92,7 @@ def in_precision(model:BantamForCausalLM, # Converted in place
                  precision:str="auto" # fp32, bf16, fp16 (GPU), or auto: bf16 where the device has units for it
                 )->BantamForCausalLM: # The same model
     "The model with weights of that many bits, for generation."
-    wanted = pick_precision(model.head_weight.device, precision)
+    wanted = pick_precision(model.device, precision)
     return model.to(dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[wanted])
 
 # %% ../../nbs/5_decode/50c_reader.ipynb #94ac89b0

@@ -9,6 +9,7 @@ __all__ = ['FEW', 'KINDS', 'int8_rows', 'int4_groups', 'from_rows', 'from_groups
 # %% ../../nbs/3_model/30b_packed.ipynb #9bb62d9f
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import BantamError
@@ -60,7 +61,7 @@ def from_bytes(b_FH:Tensor # From `in_bytes`
     return torch.stack([b_FH & 15, b_FH >> 4], -1).flatten(1)
 
 # %% ../../nbs/3_model/30b_packed.ipynb #6697809c
-FEW = 8 # rows of x up to which the kernel that unpacks as it goes is the faster way
+FEW = 16 # rows of x up to which the kernel that unpacks as it goes is the faster way (measured, 288 to 1536 wide)
 
 class Int8Linear(nn.Module):
     "A linear layer of whole numbers from -127 to 127 and a distance per row."
@@ -138,27 +139,6 @@ class Int4Linear(Int8Linear):
         "The matrix that the numbers stand for."
         return from_groups(self.plain(), self.steps).to(self.steps.dtype)
 
-    def plain(self)->Tensor: # (F,D) uint8, from 0 to 15
-        "The numbers, in whatever form they lie."
-        if not self.blocked: return from_bytes(self.q)
-        D,ones = self.in_features,torch.zeros_like(self.steps, dtype=torch.float32)
-        ones[...,0] = 1.
-        return (torch._weight_int4pack_mm_for_cpu(torch.eye(D), self.q, self.group_size, ones).T + 8).round().to(torch.uint8)
-
-    def ready(self)->bool: # Can the kernel be used?
-        "Put the numbers into the blocks of this processor's kernel."
-        if self.blocked: return True
-        if not self.q.is_cpu or self.group_size not in (32, 64, 128, 256) or self.out_features % 16: return False
-        self.q.copy_(torch._convert_weight_to_int4pack_for_cpu(from_bytes(self.q).int(), 1))
-        self.blocked = True
-        return True
-
-    def settle(self)->nn.Module: # This layer
-        "Back to the plain form, which files have."
-        if self.blocked: self.q.copy_(in_bytes(self.plain()))
-        self.blocked = False
-        return self
-
     def product(self,
                 x:Tensor # (..., D)
                )->Tensor: # (..., F)
@@ -179,6 +159,31 @@ class Int4Linear(Int8Linear):
     def _load_from_state_dict(self, *args):
         self.settle()
         super()._load_from_state_dict(*args)
+
+# %% ../../nbs/3_model/30b_packed.ipynb #ff0974df
+@patch
+def plain(self:Int4Linear)->Tensor: # (F,D) uint8, from 0 to 15
+    "The numbers, in whatever form they lie."
+    if not self.blocked: return from_bytes(self.q)
+    D,ones = self.in_features,torch.zeros_like(self.steps, dtype=torch.float32)
+    ones[...,0] = 1.
+    return (torch._weight_int4pack_mm_for_cpu(torch.eye(D), self.q, self.group_size, ones).T + 8).round().to(torch.uint8)
+
+@patch
+def ready(self:Int4Linear)->bool: # Can the kernel be used?
+    "Put the numbers into the blocks of this processor's kernel."
+    if self.blocked: return True
+    if not self.q.is_cpu or self.group_size not in (32, 64, 128, 256) or self.out_features % 16: return False
+    self.q.copy_(torch._convert_weight_to_int4pack_for_cpu(from_bytes(self.q).int(), 1))
+    self.blocked = True
+    return True
+
+@patch
+def settle(self:Int4Linear)->nn.Module: # This layer
+    "Back to the plain form, which files have."
+    if self.blocked: self.q.copy_(in_bytes(self.plain()))
+    self.blocked = False
+    return self
 
 # %% ../../nbs/3_model/30b_packed.ipynb #f4706807
 KINDS = ("int8", "int4")

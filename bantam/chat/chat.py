@@ -70,16 +70,16 @@ class BantamChat:
         self.stop_ids = self.template.stop_ids(tokenizer)
         self.tools = tools if isinstance(tools, ToolBox) else ToolBox(tools)
         self.max_tool_iterations,self.show_thinking,self.constrain = max_tool_iterations,show_thinking,constrain
-        if constrain and not len(self.tools): raise BantamError("constrain holds the calls of tools to their form, and there are no tools")
-        if len(self.tools): self._check_tools()
         plain = dict(repetition_penalty=1., no_repeat_ngram_size=0) if len(self.tools) else {}
         self.generation = generation or GenerationArgs(**plain)
-        if constrain: self._call_form(self.generation) # what cannot be followed is found now
+        if len(self.tools) or constrain: self._check_tools()
         self.reset()
         if system is not None: self.system = system
 
     def _check_tools(self):
-        "A template without tool turns, or a vocabulary without their tokens, is refused now and not in the middle of a talk."
+        "What would fail in the middle of a talk is refused now."
+        if not len(self.tools): raise BantamError("constrain holds the calls of tools to their form, and there are no tools")
+        if self.constrain: self._call_form(self.generation)
         call = dict(name="x", arguments={}, id="1")
         self.prompt([dict(role="user", content="x"), dict(role="assistant", content="", tool_calls=[call]),
                      dict(role="tool", id="1", content="x")])

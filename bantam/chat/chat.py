@@ -65,8 +65,7 @@ class BantamChat:
                               f"{model.config.vocab_size}: they do not belong together")
         if max_tool_iterations < 0: raise BantamError(f"max_tool_iterations must be 0 or more, got {max_tool_iterations}")
         self.model,self.tokenizer,self.seed,self.on_drop = model,tokenizer,seed,on_drop
-        if isinstance(template, str): template = ChatTemplate.named(template)
-        self.template = template or ChatTemplate.of(tokenizer)
+        self.template = ChatTemplate.named(template) if isinstance(template, str) else template or ChatTemplate.of(tokenizer)
         self.stop_ids = self.template.stop_ids(tokenizer)
         self.tools = tools if isinstance(tools, ToolBox) else ToolBox(tools)
         self.max_tool_iterations,self.show_thinking,self.constrain = max_tool_iterations,show_thinking,constrain

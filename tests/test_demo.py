@@ -51,7 +51,7 @@ def test_killed_demo_ends_in_the_same_bits(tmp_path):
         p = start(line)
         end = time.monotonic() + 300
         while not reached(killed) and p.poll() is None and time.monotonic() < end: time.sleep(.005)
-        assert p.poll() is None, f"it ended before it could be killed {moment}"
+        assert p.poll() is None, f"it ended before it could be killed {moment}: {p.stdout.read()}"
         p.send_signal(signal.SIGKILL)
         p.wait()
         line = re.findall("go on with: (.*)", p.stdout.read())[-1]

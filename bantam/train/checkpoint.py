@@ -78,7 +78,7 @@ class Seal:
     "Has the files of a folder on the disk and hashed while others are still being written; a context."
     def __init__(self,
                  folder:Path # The folder
-                ): self.folder,self.pool,self.work = folder,ThreadPoolExecutor(8),{}
+                ): self.folder,self.pool,self.work = folder,ThreadPoolExecutor(4),{}
     def __enter__(self): return self
     def __exit__(self, *error): self.pool.shutdown(cancel_futures=True)
 

@@ -92,7 +92,9 @@ class WholeModel:
     def __init__(self,
                  model:BantamForCausalLM, # Cut by FSDP2
                  ranks:Ranks # Who shares it
-                ): self.model,self.ranks,self.config,self.tensors = model,ranks,model.config,None
+                ):
+        self.model,self.ranks,self.config,self.tensors = model,ranks,model.config,None
+        self.quantization = model.quantization # What `save_pretrained` asks besides
 
     def collect(self)->"WholeModel":
         "Bring all weights to the main rank. Every rank must call it."

@@ -3,7 +3,8 @@
     python benchmarks/server.py [--quick] [--json FILE] [--seconds 120] [--streams 32] [--threads 2]
 
 `bantam-cli serve` runs in a process of its own, its readers in this one; both share the machine's cores. Each reader asks for a streamed chat answer, reads it to `[DONE]`, and asks again, with another prompt,
-seed and length. Tokens are those that the server counts (`usage`). One reader alone comes first, for a sixth of the time, then all of them. Any status but 200, an error in a stream or a stream without its
+seed and length. Tokens are those that the server counts (`usage`). The model is untrained and all its tokens are about as likely, so nothing is cut off (`top_p` 1): there is no
+small head of a distribution to find, as there is in a trained one. One reader alone comes first, for a sixth of the time, then all of them. Any status but 200, an error in a stream or a stream without its
 end is an error, and one error means that the target is missed. There is no peer to run beside: the measure is the server itself with one reader. The last line is one JSON object.
 """
 import argparse, asyncio, json, os, platform, re, signal, statistics, subprocess, sys, tempfile, time
@@ -18,7 +19,7 @@ async def reader(client, url, number, end, out):
     while time.perf_counter() < end:
         turn += 1
         body = dict(model="tiny", messages=[dict(role="user", content="Tell me about the hens. "[:8 + 5*(number % 4)])], stream=True, stream_options=dict(include_usage=True),
-                    max_tokens=64 + 8*(number % 4), seed=1000*number + turn, temperature=.8)
+                    max_tokens=64 + 8*(number % 4), seed=1000*number + turn, temperature=1, top_p=1)
         begin, first, held, tokens, why = time.perf_counter(), None, b"", 0, None
         try:
             async with client.stream("POST", url + "/v1/chat/completions", json=body) as r:
@@ -26,7 +27,7 @@ async def reader(client, url, number, end, out):
                 async for chunk in r.aiter_raw():
                     if first is None: first = time.perf_counter() - begin
                     held = held[-400:] + chunk
-                    if b'"error"' in chunk: why = chunk[:200].decode(errors="replace")
+                    if b'data: {"error":' in chunk: why = chunk[:200].decode(errors="replace")
             usage = re.search(rb'"completion_tokens":(\d+)', held)
             if not held.endswith(b"data: [DONE]\n\n") or usage is None: why = why or "no end"
             else: tokens = int(usage[1])

@@ -42,7 +42,7 @@ class Job:
                  rows:list # of `Row`
                 ):
         self.rows,self.loop,self.bell = rows,asyncio.get_running_loop(),asyncio.Event()
-        self.error,self.cancelled,self.born,self.begun = None,False,time.monotonic(),None
+        self.error,self.cancelled,self.born,self.begun,self.rung = None,False,time.monotonic(),None,0.
 
     @property
     def ended(self)->bool:
@@ -77,11 +77,12 @@ class Engine:
                  queue:int=64, # Rows that may wait for a seat
                  chunk:int=512, # Tokens of prompts that are read between two steps
                  wait_seconds:float=30., # Longest wait for a seat
-                 run_seconds:float=300. # Longest time from the first seat to the last word
+                 run_seconds:float=300., # Longest time from the first seat to the last word
+                 pace:float=.02 # Seconds between two pieces of an answer; tokens that come faster go out together
                 ):
         if queue < 0: raise BantamError(f"queue must be 0 or more rows, got {queue}")
-        if wait_seconds <= 0 or run_seconds <= 0: raise BantamError(f"times must be above 0 seconds, got {wait_seconds} and {run_seconds}")
-        self.batch,self.limit,self.wait_seconds,self.run_seconds = Batch(model, seats, chunk),queue,wait_seconds,run_seconds
+        if wait_seconds <= 0 or run_seconds <= 0 or pace < 0: raise BantamError(f"times must be above 0 seconds, got {wait_seconds}, {run_seconds} and a pace of {pace}")
+        self.batch,self.limit,self.wait_seconds,self.run_seconds,self.pace = Batch(model, seats, chunk),queue,wait_seconds,run_seconds,pace
         self.lock,self.waiting,self.jobs,self.closing = threading.Condition(),deque(),{},False # row -> its job
         self.counts = Counter(served=0, refused=0, cancelled=0, failed=0) # jobs
         self.thread = threading.Thread(target=self.work, name="bantam-model", daemon=True)
@@ -165,7 +166,7 @@ def sort_out(self:Engine)->list: # Jobs that were sent away
 @patch
 def after(self:Engine,
           spoke:list # Rows that the step brought on
-         )->list: # Jobs with news
+         )->list: # Jobs whose readers shall look
     "Keep the books of a step."
     jobs = list(dict.fromkeys(self.jobs[r] for r in spoke if r in self.jobs))
     for row in spoke:
@@ -175,7 +176,10 @@ def after(self:Engine,
             kind = BantamError if row.constraint and isinstance(row.error, BantamError) else Failed
             self.drop(job, kind(str(row.error)))
         elif job.ended: self.drop(job)
-    return jobs
+    now = time.monotonic()
+    due = [j for j in jobs if j.ended or now - j.rung >= self.pace]
+    for j in due: j.rung = now
+    return due
 
 @patch
 def round(self:Engine)->bool: # Does it go on?

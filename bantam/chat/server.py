@@ -276,9 +276,11 @@ def listen(host:str, # A name or an address
     "A socket that listens, or an error that says why not."
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=256)
+        sock = socket.create_server((host, port), family=family, backlog=256)
     except (OSError, OverflowError, UnicodeError) as e:
         raise BantamError(f"cannot listen at {host} port {port}: {getattr(e, 'strerror', None) or e}; choose another --port or --host") from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # connections inherit it; without, a small piece waits for the last one's receipt
+    return sock
 
 def run(app, # From `make_app`
         engine:Engine, # Its engine

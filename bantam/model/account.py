@@ -118,7 +118,7 @@ def moments(self:BantamForCausalLM,
     blocks,narrow = [N*block_bytes(s, seq_len, width, fused) for s in self.shapes],width if width < 4 else 0
     stream = 5*D*N + (4*D*N*len(blocks) if again else sum(blocks)) + narrow*hidden # the last norm, the blocks, narrow copies of the weights
     rows = max(64, min(1024, 2**24//V))
-    logits = min(2, -(-N//rows))*4*V*min(N, rows) + narrow*(V*D + N*D)
+    logits = (4 + narrow)*V*min(N, rows) + narrow*(2*V*D + N*D) # the head in narrow numbers, and what a chunk adds to its gradient
     grads,head = 4*P if accum_steps > 1 else 0,4*(V*D + N*D)
     held = dict(weights=4*P, optimizer=state)
     return {"loss": held | dict(gradients=grads, activations=stream) | {"logits and their gradients": logits + head},

@@ -14,7 +14,7 @@ from bantam.chat.calculator import calculator
 from bantam.chat.spans import CallConstraint
 from bantam.chat.tools import call_schema, parse_call, tool
 from bantam.core import BantamError
-from bantam.decode.automaton import EMPTY, NOTHING, after, chain, either, may_end, read, repeat, signs, word
+from bantam.decode.forms import EMPTY, NOTHING, after, chain, either, may_end, read, repeat, signs, word
 from bantam.decode.constrain import Constraint, GrammarConstraint, JsonConstraint, RegularConstraint
 from bantam.decode.generate import complete, generate, stream
 from bantam.model.lm import BantamForCausalLM

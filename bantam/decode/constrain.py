@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import BantamError
-from .automaton import NOTHING, fitting, may_end, read, token_trie
+from .forms import NOTHING, fitting, may_end, read, token_trie
 
 # %% ../../nbs/5_decode/54a_constrain.ipynb #c15edd61
 @lru_cache(maxsize=4)

@@ -17,6 +17,7 @@ _PUBLIC = {
     "generate": ("bantam.decode.generate",),
     "stream": ("bantam.decode.generate",),
     "BantamChat": ("bantam.chat.chat",),
+    "chat_cell": ("bantam.chat.widget",),
 }
 __all__ = [*_PUBLIC, "__version__"]
 

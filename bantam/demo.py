@@ -175,5 +175,6 @@ def closing(out:Path, # A demo's folder with everything in it
     say(f"{clock(summary['wall_seconds'])}, {summary['tokens_per_second']} tokens/s, {summary['peak_share']:.0%} of the machine's matrix peak, {summary['peak_memory_mb']} MB")
     for text in SCRIPT: say(f"\n  you    {text}\n  bantam {chat.say(text)}")
     write_json(out/"conversation.json", chat.history)
-    say(f"\nbantam-cli chat --model {out/'chat'}")
+    say(f"\nIn a notebook:  from bantam import chat_cell; chat_cell({str(out/'chat')!r})")
+    say(f"In a terminal:\nbantam-cli chat --model {out/'chat'}")
     return summary

@@ -19,6 +19,7 @@ def web(): # The modules of the server
         import uvicorn
         import bantam.chat.server as server
     except ImportError as e:
+        if (e.name or "bantam").startswith("bantam"): raise # a fault of ours, not a missing package
         raise BantamError(f"serve needs {e.name}, which is not installed: pip install 'bantam-lm[serve]'") from None
     return server
 

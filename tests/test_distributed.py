@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ ENV = os.environ | dict(OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(ROOT), GLOO_SO
 
 # Every run that is asked for, one after the other in one job: starting Python is what takes the time.
 JOB = '''
-import json, sys
+import hashlib, json, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 import bantam.presets
@@ -33,6 +34,20 @@ def rows(n, T=16, seed=0):
     for i,s in enumerate(samples): s.weights[5] = 1. if i % 7 else .01 # ragged: some rows have next to no targets
     return RowDataset(samples, T, 0, packing=False)
 
+def digest(model): return hashlib.sha256(b"".join(getattr(p, "_local_tensor", p).detach().clone().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+def poison(trainer, rank, steps, out):
+    "On one rank, all numbers of some steps are NaN; every rank writes down what its weights were before and after each step."
+    told, real = [], trainer.one_step
+    def step():
+        before, row = digest(trainer.model), real()
+        told.append([row["step"], row["skipped"], before, digest(trainer.model)])
+        open(f"{out}-rank{trainer.ranks.rank}.json", "w").write(json.dumps(told))
+        return row
+    trainer.one_step = step
+    if trainer.ranks.rank == rank:
+        trainer.model.embed_tokens.register_forward_hook(lambda m, a, h: h*float("nan") if m.training and trainer.step+1 in steps else h)
+
 class Stop:
     def __init__(self, at): self.at = at
     def on_step(self, trainer, row):
@@ -42,9 +57,11 @@ for out, options, stop_at, shape in json.loads(sys.argv[1]):
     torch.manual_seed(0)
     model = BantamForCausalLM(BantamConfig.from_preset("tiny", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, **shape))
     usual = dict(device="cpu", precision="fp32", lr=1e-2, batch_size=4, accum_steps=2, log_every_n=1, eval_every_n=5, eval_batches=3, grad_clip=.5)
+    bad = options.pop("poison", None)
     args = TrainingArgs(**usual | options, out_dir=out, resume_from_checkpoint=out if checkpoints(out) else None)
     trainer = Trainer(model, args, Loader(rows(80), args.batch_size, seed=1), Loader(rows(10, seed=1), 3, shuffle=False), callbacks=[Stop(stop_at)])
     if "muon" in vars(trainer.optimizer) and trainer.optimizer.muon.params: trainer.optimizer.muon.dtype = torch.float32
+    if bad: poison(trainer, *bad, out)
     try: trainer.train()
     except Interrupted: pass
 '''
@@ -92,6 +109,21 @@ def test_curves(job, tmp_path):
     assert max(found.values()) < 1e-5, found
 
 
+def test_numbers_that_go_bad_on_one_rank_are_skipped_by_all(job, tmp_path):
+    "The second rank sees NaN in steps 3 and 4: both pass over them, and both have the weights that they had."
+    kinds = ("ddp", "fsdp")
+    job([[str(tmp_path/k), dict(max_steps=6, parallel=k, optimizer="muon", eval_every_n=0, poison=[1, [3, 4]]), None, {}] for k in kinds], 2)
+    for kind in kinds:
+        told = [json.loads((tmp_path/f"{kind}-rank{r}.json").read_text()) for r in (0, 1)]
+        for rank in told:
+            assert [(step, skipped) for step, skipped, _, _ in rank] == [(1, 0), (2, 0), (3, 1), (4, 2), (5, 2), (6, 2)]
+            assert [before == after for _, _, before, after in rank] == [False, False, True, True, False, False]
+            assert all(a[3] == b[2] for a, b in zip(rank, rank[1:]))
+        if kind == "ddp": assert told[0] == told[1]
+        rows = rows_of(tmp_path/kind)
+        assert [r["loss"] is None for r in rows] == [r["step"] in (3, 4) for r in rows] and [r["skipped"] for r in rows] == [0, 0, 1, 2, 2, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, dict(expert_type="topk", num_experts=3, moe_top_k=2, moe_aux_loss_weight=0.)], ids=["dense", "experts"])
 def test_curves_of_fifty_steps(job, tmp_path, shape):
@@ -135,6 +167,7 @@ def test_resume_is_exact_on_as_many_ranks(job, tmp_path, parallel):
 
 
 def pretrain(tmp_path, ranks, *more, steps=6):
+    tmp_path.mkdir(exist_ok=True)
     text = tmp_path/"text.txt"
     text.write_text("\n\n".join(f"Number {i} comes before {i+1}, and after {i-1}." for i in range(400)))
     keys = dict(max_steps=steps, seq_len=16, batch_size=2, accum_steps=2, log_every_n=1, eval_every_n=0, save_every_n=2, precision="fp32", tokenizer="default", valid_fraction=.1)
@@ -152,6 +185,55 @@ def test_torchrun_is_one_run(tmp_path, parallel):
     assert out.count("model: ") == 1 and "Traceback" not in err
     assert [r["step"] for r in rows_of(tmp_path/"run")] == [1, 2, 3, 4, 5, 6]
     assert len(list((tmp_path/"run/model").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_says_the_line_that_goes_on(tmp_path):
+    "All words, torchrun's own as well; stopped and started again with them, the run ends as if it had been left alone."
+    from safetensors.torch import load_file
+    end(pretrain(tmp_path/"whole", 2, steps=200))
+    p = pretrain(tmp_path/"halves", 2, steps=200)
+    for line in p.stdout:
+        if "go on with: " in line: first = line.split("go on with: ")[1].strip()
+        if line.startswith("step 3/"): break
+    p.send_signal(signal.SIGTERM)
+    out, err = end(p, rc=None, seconds=60)
+    assert re.findall("go on with: (.*)", err) == [first] and "stopped by SIGTERM at step" in err
+    assert first.startswith(shlex.join([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bantam", "pretrain"]))
+    done = subprocess.run("exec " + first, shell=True, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    a, b = (load_file(tmp_path/d/"run/model/model.safetensors") for d in ("whole", "halves"))
+    assert all(a[k].equal(b[k]) for k in a) and [r["loss"] for r in rows_of(tmp_path/"halves/run")] == [r["loss"] for r in rows_of(tmp_path/"whole/run")]
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_two_ranks(tmp_path):
+    "Adapters and all weights: the losses of one process, one model and one adapter; what cannot be shared is refused once."
+    from bantam.config import BantamConfig
+    from bantam.data.offline import dialogues
+    from bantam.train.pretrain import init_model
+    init_model(tmp_path/"base", lambda **known: BantamConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, **known))
+    for split in ("train", "valid"):
+        (tmp_path/f"{split}.jsonl").write_text("".join(json.dumps(dict(messages=d["messages"])) + "\n" for d in dialogues(60, seed=0, split=split, kinds=("opposites",))))
+    keys = dict(dataset=tmp_path/"train.jsonl", valid_dataset=tmp_path/"valid.jsonl", seq_len=64, batch_size=2, accum_steps=2, max_steps=8, lr=.001, eval_every_n=4, eval_batches=2, log_every_n=1, precision="fp32",
+                save_every_n=4, lora_r=4, lora_dropout=0, optimizer="adamw")  # Muon rounds to bf16, which is not what is asked here
+    sets = [w for k, v in keys.items() for w in ("--set", f"sft_args.{k}={v}")]
+    def run(name, ranks, *more): return start(["-m", "bantam", "sft", "--model", str(tmp_path/"base"), "--out", str(tmp_path/name), "--device", "cpu", *sets, *more], ranks)
+    for mode, parallel in (("lora", "ddp"), ("full", "ddp"), ("full", "fsdp")):
+        alone, _ = end(run(f"one-{mode}-{parallel}", 1, "--mode", mode))
+        out, err = end(run(f"two-{mode}-{parallel}", 2, "--mode", mode, "--set", f"sft_args.parallel={parallel}"))
+        assert out.count("target |") == alone.count("target |") and out.count("model: ") == 1 and "Traceback" not in err
+        rows = [rows_of(tmp_path/f"{n}-{mode}-{parallel}") for n in ("two", "one")]
+        assert apart(*rows, ("loss", "valid_loss")) < 1e-5 and apart(*rows, ("grad_l2_norm",)) < 1e-4  # one process adds up the squares of 262144 numbers in float32, shares in float64
+        assert (tmp_path/f"two-{mode}-{parallel}/adapter").exists() == (mode == "lora")
+    out, err = end(run("no", 2, "--set", "sft_args.parallel=fsdp"), rc=None)
+    assert err.count("bantam: parallel fsdp cuts weights") == 1
+
+
+@pytest.mark.slow
+def test_experts_are_for_one_process(tmp_path):
+    out, err = end(start(["-m", "bantam", "experts", "train", "--preset", "tiny", "--dataset", "offline", "--tokenizer", "default", "--out", str(tmp_path/"run"), "--device", "cpu"], 2), rc=None)
+    assert err.count("bantam: experts that take turns are trained by one process") == 1 and not re.search(r'File ".*/bantam/', err)
 
 
 def children(pid):

@@ -33,6 +33,12 @@ class Tokens(NamedTuple):
         else: get = lambda f: f[...,part]
         return Tokens(*(None if f is None else get(f) for f in self))
 
+    def since(self,
+              first:int # Place of the first one
+             )->"Tokens":
+        "The last tokens. (A `slice` that was made elsewhere would be a new program to a compiler for every number in it.)"
+        return Tokens(*[None if f is None else f[...,first:] for f in self])
+
 Rule = Callable[[Tokens, Tokens], Tensor] # (query, key) -> may the query see the key?
 
 # %% ../../nbs/3_model/32_mask.ipynb #89862d6b
@@ -189,7 +195,7 @@ def mask(self:Marks,
         if (w, n) == (window, sinks) and p is places: return known
     marked = [same_document] * (k.document is not None) + [not_padding] * (k.real is not None)
     if not (near or marked or alone) and places is None and self.T in (1, S): return None
-    begin,q = None,k.at(slice(self.past, S))
+    begin,q = None,k.since(self.past)
     if places is not None: k = k.at(places.clamp(max=S-1))._replace(place=places)
     elif torch.compiler.is_compiling(): pass # tiles are not for compilers
     elif k.document is None or (k.document.diff() < 0).any(): begin = torch.zeros_like(k.place)

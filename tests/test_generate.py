@@ -273,7 +273,7 @@ def test_an_emoji_is_never_half_shown():
     ids = TOK.encode("a \U0001F600\U0001F468\u200D\U0001F469\u200D\U0001F467 \u4f60\u597d")
     script = iter(ids)
     class Says(torch.nn.Module):
-        config, head_weight = BIG.config, BIG.head_weight
+        config, device = BIG.config, BIG.device
         def stream(self, *args, **kw): return (torch.tensor([i]) for i in script)
         stops = BantamForCausalLM.stops
     pieces = list(stream(Says(), TOK, "x"))

@@ -178,14 +178,13 @@ class Heads(nn.Module):
 
 # %% ../../nbs/3_model/34_attention.ipynb #25fec27a
 def turn_one(qkv_BTNK:Tensor, # All heads: query, key, value
-             cos:Tensor, # (T,R/2) or (B,T,R/2)
+             cos:Tensor, # (T,1,K) or (B,T,1,K), from `Angles.doubled`
              sin:Tensor, # The same
              H:int, # Query heads
              G:int # Key heads, and as many value heads
             )->tuple: # q (B,H,T,K), k and v (B,G,T,K)
     "`rotary_heads` without a gradient, in few operations, where all features turn."
     qk,v = qkv_BTNK[:,:,:H+G],qkv_BTNK[:,:,H+G:]
-    cos,sin = torch.cat([cos, cos], -1).unsqueeze(-2),torch.cat([-sin, sin], -1).unsqueeze(-2)
     qk = (qk.float()*cos).addcmul_(qk.roll(qk.shape[-1]//2, -1), sin).to(v.dtype)
     return qk[:,:,:H].transpose(1, 2),qk[:,:,H:].transpose(1, 2),v.transpose(1, 2)
 
@@ -200,7 +199,7 @@ def turned(self:Heads,
     (H,G,K),late = self.shape,self.moves and cache is not None
     table,single = angles.of(K, self.config),qkv_BTNK.shape[1] == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if table is None or late: q,k,v = (t.transpose(1, 2) for t in qkv_BTNK.split([H, G, G], 2))
-    elif single and 2*table[0].shape[-1] == K: q,k,v = turn_one(qkv_BTNK, *table, H, G)
+    elif single and 2*table[0].shape[-1] == K: q,k,v = turn_one(qkv_BTNK, *angles.doubled(table), H, G)
     else: q,k,v = rotary_heads(qkv_BTNK, *table, H, G)
     if cache is None: return q, k, v
     places = cache.places(self.slot, q.shape[2]) if late else None

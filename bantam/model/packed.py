@@ -73,6 +73,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features,self.in_features = weight.shape
         q,scale = int8_rows(weight)
+        self.fits = self.in_features % 32 == 0
         self.register_buffer("q", q); self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())
 
@@ -85,10 +86,10 @@ class Int8Linear(nn.Module):
                 x:Tensor # (..., D)
                )->Tensor: # (..., F)
         "The linear map."
-        rows = x.reshape(-1, self.in_features)
-        if len(rows) <= FEW and packs(rows): y = torch._weight_int8pack_mm(rows, self.q, self.scale.to(x.dtype))
+        rows,q,scale = x.reshape(-1, self.in_features),self.q,self.scale
+        if self.fits and rows.shape[0] <= FEW and packs(rows): y = torch._weight_int8pack_mm(rows, q, scale if scale.dtype == x.dtype else scale.to(x.dtype))
         elif x.dtype == torch.float16: y = F.linear(rows, self.weight.to(x.dtype)) # sums of whole numbers would leave its range
-        else: y = F.linear(rows, self.q.to(x.dtype)).mul_(self.scale.to(x.dtype))
+        else: y = F.linear(rows, q.to(x.dtype)).mul_(scale.to(x.dtype))
         if self.bias is not None: y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -103,10 +104,9 @@ class Int8Linear(nn.Module):
 
 def packs(rows_MD:Tensor # What shall be multiplied
          )->bool:
-    "Is there a kernel for this width, type and device, and is it safe?"
-    if rows_MD.is_cpu: return rows_MD.shape[1] % 32 == 0
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return rows_MD.is_cuda and rows_MD.shape[1] % 32 == 0 and has("aten::_weight_int8pack_mm", "CUDA")
+    "Is there a kernel on this device?"
+    if rows_MD.is_cpu: return True
+    return rows_MD.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", "CUDA")
 
 # %% ../../nbs/3_model/30b_packed.ipynb #5ee93e84
 class Int8Embedding(Int8Linear):

@@ -1,8 +1,8 @@
 """Speculative decoding: a draft of a tenth of the size beside the model alone, greedy and drawn, on the demo's own text.
 
-    python benchmarks/speculate.py [--quick] [--json FILE] [--target FOLDER --draft FOLDER] [--seconds 75] [--ahead 5] [--precision auto]
+    python benchmarks/speculate.py [--quick] [--json FILE] [--target FOLDER --draft FOLDER] [--seconds 200] [--ahead 5] [--precision auto]
 
-Without folders both models are trained here on the offline texts of the demo, `--seconds` each. With folders (of `bantam-cli pretrain`, say) those are taken; they must have one tokenizer.
+Without folders both models are trained here on the offline texts of the demo, for `--seconds`, of which the draft gets a fifth. With folders (of `bantam-cli pretrain`, say) those are taken; they must have one tokenizer.
 Every answer with temperature 0 is compared with that of the model alone. Contenders take turns; a ratio is the median over prompts. The last line is one JSON object.
 """
 import argparse, json, os, platform, statistics, time
@@ -48,7 +48,7 @@ def made(seconds):
     held, told = told[:12], told[12:]
     ids = [i for t in told for i in tok.encode(t, add_bos=True, add_eos=True)]
     rows_NT = torch.tensor(ids[:len(ids)//129*129]).view(-1, 129)
-    models = [train(n, SHAPES[n], rows_NT, seconds, tok) for n in ("target", "draft")]
+    models = [train(n, SHAPES[n], rows_NT, seconds*share, tok) for n, share in (("target", .8), ("draft", .2))]
     return *models, tok, [tok.encode(t, add_bos=True)[:16] for t in held]
 
 
@@ -85,7 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true"); parser.add_argument("--json")
     parser.add_argument("--target"); parser.add_argument("--draft")
-    parser.add_argument("--seconds", type=float, default=75.); parser.add_argument("--ahead", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=200.); parser.add_argument("--ahead", type=int, default=5)
     parser.add_argument("--precision", default="auto"); parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if (args.target is None) != (args.draft is None): parser.error("--target and --draft come together")
@@ -93,7 +93,7 @@ def main():
     import bantam.decode.generate
     from bantam.decode.reader import in_precision
     torch.set_num_threads(args.threads)
-    target, draft, tok, prompts = loaded(args.target, args.draft) if args.target else made(5 if args.quick else args.seconds)
+    target, draft, tok, prompts = loaded(args.target, args.draft) if args.target else made(10 if args.quick else args.seconds)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (target, draft)]
     new, prompts = (32, prompts[:3]) if args.quick else (128, prompts)
     exact = compare(target, draft, prompts[:3], new, args.ahead, temperature=0)  # in 32 bits: the very same text

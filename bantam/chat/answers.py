@@ -143,6 +143,7 @@ def form(self:Served,
     try: return JsonConstraint(schema, self.tokenizer, ends=ends)
     except BantamError as e: raise Refused(f"response_format: {e}", param="response_format") from None
 
+# %% ../../nbs/7_chat/74c_answers.ipynb #54458670
 @patch
 def rows(self:Served,
          ask # A request that was understood

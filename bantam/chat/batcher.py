@@ -151,9 +151,8 @@ class Batch:
         self.why_alone = one_at_a_time(model.config)
         self.seats = 1 if self.why_alone else seats
         self.rows,self.reading,self.past = [],deque(),0 # rows in their seats; prompts being read; columns in the cache
-        self.cache = SeatCache(model.config.num_hidden_layers, self.seats, 64)
+        self.cache,self.steps = SeatCache(model.config.num_hidden_layers, self.seats, 64),None # steps: of the only row, where there is one seat
         self.table = torch.full((self.seats, 64), -1, device=model.head_weight.device)
-        self.steps = None # of the only row, where there is one seat
 
     @property
     def free(self)->int: # Seats
@@ -285,7 +284,7 @@ def solo(self:Batch,
          row:Row # The only one
         ): # An iterator of its ids
     "The loop of room `steps`, for a model whose rows cannot share."
-    ids,rules = torch.tensor([row.ids], device=self.table.device),dict(row.rules)
+    ids = torch.tensor([row.ids], device=self.table.device)
     for step in self.model.steps(ids, row.args, stop_ids=(), seed=row.seed, constraint=row.constraint): yield step.ids_B.item()
 
 @patch

@@ -92,42 +92,47 @@ class Engine:
 
     def __exit__(self, *error): self.close()
 
-    def submit(self,
-               rows:list # of `Row`, all for one reader
-              )->Job:
-        "Take rows in, or refuse them; called in an event loop."
-        for row in rows: self.batch.check(row)
-        with self.lock:
-            if self.closing: raise Unavailable("the server is stopping; ask again when it is back")
-            if len(self.jobs) + len(rows) > self.batch.seats + self.limit:
-                self.counts["refused"] += 1
-                raise Busy(f"{len(self.jobs)} answers are being written or wait, and there is room for {self.batch.seats + self.limit}; try again in a moment")
-            job = Job(rows)
-            self.waiting.extend(rows)
-            self.jobs.update(dict.fromkeys(rows, job))
-            self.lock.notify()
-        return job
+# %% ../../nbs/7_chat/74a_engine.ipynb #110095cf
+@patch
+def submit(self:Engine,
+           rows:list # of `Row`, all for one reader
+          )->Job:
+    "Take rows in, or refuse them; called in an event loop."
+    for row in rows: self.batch.check(row)
+    with self.lock:
+        if self.closing: raise Unavailable("the server is stopping; ask again when it is back")
+        if len(self.jobs) + len(rows) > self.batch.seats + self.limit:
+            self.counts["refused"] += 1
+            raise Busy(f"{len(self.jobs)} answers are being written or wait, and there is room for {self.batch.seats + self.limit}; try again in a moment")
+        job = Job(rows)
+        self.waiting.extend(rows)
+        self.jobs.update(dict.fromkeys(rows, job))
+        self.lock.notify()
+    return job
 
-    def cancel(self,
-               job:Job # Whose reader has gone
-              )->None:
-        "Its rows leave before the next step."
-        with self.lock:
-            job.cancelled = True
-            self.lock.notify()
+@patch
+def cancel(self:Engine,
+           job:Job # Whose reader has gone
+          )->None:
+    "Its rows leave before the next step."
+    with self.lock:
+        job.cancelled = True
+        self.lock.notify()
 
-    def close(self,
-              seconds:float=10. # Longest wait for the step that is running
-             )->None:
-        "Send everybody away and end the thread."
-        with self.lock:
-            self.closing = True
-            self.lock.notify()
-        self.thread.join(seconds)
+@patch
+def close(self:Engine,
+          seconds:float=10. # Longest wait for the step that is running
+         )->None:
+    "Send everybody away and end the thread."
+    with self.lock:
+        self.closing = True
+        self.lock.notify()
+    self.thread.join(seconds)
 
-    def health(self)->dict:
-        "How many rows are seated and wait, and what became of the jobs so far."
-        with self.lock: return dict(seats=self.batch.seats, running=len(self.jobs) - len(self.waiting), waiting=len(self.waiting), **self.counts)
+@patch
+def health(self:Engine)->dict:
+    "How many rows are seated and wait, and what became of the jobs so far."
+    with self.lock: return dict(seats=self.batch.seats, running=len(self.jobs) - len(self.waiting), waiting=len(self.waiting), **self.counts)
 
 # %% ../../nbs/7_chat/74a_engine.ipynb #843238e3
 @patch
@@ -163,6 +168,7 @@ def sort_out(self:Engine)->list: # Jobs that were sent away
         self.batch.add(row)
     return gone
 
+# %% ../../nbs/7_chat/74a_engine.ipynb #21ba6bde
 @patch
 def after(self:Engine,
           spoke:list # Rows that the step brought on
@@ -181,6 +187,7 @@ def after(self:Engine,
     for j in due: j.rung = now
     return due
 
+# %% ../../nbs/7_chat/74a_engine.ipynb #2ffeba54
 @patch
 def round(self:Engine)->bool: # Does it go on?
     "Wait for work, and do one step of it."

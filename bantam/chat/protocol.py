@@ -126,6 +126,7 @@ class Message(Strict):
     function_call:None = None
     annotations:list[None]|None = None # Empty, if there at all
 
+# %% ../../nbs/7_chat/74b_protocol.ipynb #81c9a704
 class Function(Strict):
     "What a tool is."
     name:str

@@ -188,21 +188,23 @@ class Face:
             leave()
             raise
 
-    async def events(self,
-                     reply:Reply, # Has said something
-                     news # Of its job
-                    ):
-        "The stream; what several steps have said goes out together."
-        try:
-            yield b"".join(map(event, [*reply.begin(), *reply.news()]))
-            async for _ in news:
-                if new := reply.news(): yield b"".join(map(event, new))
-        except BantamError as e: yield event(error_body(e)[1])
-        else: yield event("[DONE]")
-
     def card(self)->dict:
         "The model, as clients list it."
         return dict(id=self.served.name, object="model", created=0, owned_by="bantam")
+
+# %% ../../nbs/7_chat/74e_server.ipynb #100950af
+@patch
+async def events(self:Face,
+                 reply:Reply, # Has said something
+                 news # Of its job
+                ):
+    "The stream; what several steps have said goes out together."
+    try:
+        yield b"".join(map(event, [*reply.begin(), *reply.news()]))
+        async for _ in news:
+            if new := reply.news(): yield b"".join(map(event, new))
+    except BantamError as e: yield event(error_body(e)[1])
+    else: yield event("[DONE]")
 
 # %% ../../nbs/7_chat/74e_server.ipynb #c0a3ab7c
 @patch

@@ -99,6 +99,7 @@ class Seal:
         body = dict(version=1, files={p.relative_to(self.folder).as_posix(): dict(size=p.stat().st_size, sha256=sums[p]) for p in paths}) | about
         write_json(self.folder/"manifest.json", body | dict(sha256=digest(body)))
 
+# %% ../../nbs/4_train/42_checkpoint.ipynb #e70ddb63
 def refuse(folder:Path, # A checkpoint
            what:str # Which file, and why
           )->None:

@@ -20,7 +20,7 @@ import bantam.model.account # adds flops_per_token
 from ..core import BantamError, write_durable
 from ..runtime import matmul_peak, pick_precision, rng_state, seed_everything, set_rng_state, tune_allocator
 from .average import WeightAverage
-from .checkpoint import checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from .checkpoint import checkpoints, cleared, load_checkpoint, newest_checkpoint, save_checkpoint
 from .compiled import Compiled, wants_compiling
 from .dealt import ranked
 from .distributed import Ranks, Silent
@@ -76,8 +76,7 @@ class Trainer:
         self.lengths_V = None if tokenizer is None else byte_lengths(tokenizer)
         self.step = self.position = self.tokens = 0
         self.seconds,self.best,self.rng,self.saved,self.stop = 0.,None,None,None,None
-        self.levels = {} # Lines for the loss curve to compare with: {name: nats per token}
-        self.sections = {} # What the caller adds to the report, such as an account of its data
+        self.levels,self.sections = {},{} # Lines for the loss curve {name: nats per token}; what the caller adds to the report
         self.resume_command = None # The words that go on with this run, where a command line began it
         start = newest_checkpoint(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
         if checkpoints(self.out_dir) and not (start and start.resolve().is_relative_to(self.out_dir.resolve())):
@@ -118,8 +117,7 @@ def tell(self:Trainer,
 def one_step(self:Trainer)->dict: # The step's metrics
     "Take one optimiser step; when it was asked to stop in the middle, forget the step and raise."
     set_rng_state(self.rng)
-    start = time.perf_counter()
-    args,factor = self.args,self.scaler.scale
+    start,args,factor = time.perf_counter(),self.args,self.scaler.scale
     first = self.position*self.turns//args.accum_steps
     batches = [self.mine.batch(first+i) for i in range(self.turns)]
     scale = lr_scale(self.step, self.total_steps, self.warmup, args.lr_scheduler, args.min_lr_ratio, args.stages)
@@ -251,6 +249,7 @@ def finish(self:Trainer)->dict: # What the run came to
 def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds, tokens_per_second, mfu, model, ...`
     "Train to the end, or until asked to stop (then `Interrupted`, with a checkpoint)."
     self._begin()
+    way_on = self.resume_command or f"resume_from_checkpoint: {self.out_dir}"
     try:
         with stop_signals(self, twice=self.ranks.size == 1):
             if self.resume_command: self.console.say(f"if this run is broken off, go on with: {self.resume_command}")
@@ -262,18 +261,12 @@ def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds
                 loss = self.contest(row, regular)
                 if regular or (self.args.save_on_improve and self.better(loss)): self.save(loss)
             return self.finish()
-    except RuntimeError as e: raise self.ranks.lost(e, f"step {self.step}", f"the last checkpoint is in {self.out_dir/'checkpoints'}; go on with: {self.way_on}")
+    except RuntimeError as e: raise self.ranks.lost(e, f"step {self.step}", f"the last checkpoint is in {self.out_dir/'checkpoints'}; go on with: {way_on}")
     except StopAsked:
         with nullcontext() if self.ranks.size == 1 else stop_signals(self, twice=False): path,name,self.stop = self.save(),self.stop,None
-        raise self.ranks.said(Interrupted(f"stopped by {name} at step {self.step} of {self.total_steps}, saved {path}; go on with: {self.way_on}", path)) from None
+        raise self.ranks.said(Interrupted(f"stopped by {name} at step {self.step} of {self.total_steps}, saved {path}; go on with: {way_on}", path)) from None
     finally:
-        self.tell("on_close")
-        self.console.close(); self.log.close()
-
-@patch(as_prop=True)
-def way_on(self:Trainer)->str: # A command line, or an argument
-    "What goes on with this run."
-    return self.resume_command or f"resume_from_checkpoint: {self.out_dir}"
+        self.tell("on_close"); self.console.close(); self.log.close(); cleared()
 
 @patch
 def _stop_if_asked(self:Trainer):
@@ -282,14 +275,13 @@ def _stop_if_asked(self:Trainer):
     self.stop = stop
     raise StopAsked
 
+# %% ../../nbs/4_train/45_trainer.ipynb #c65bf3c9
 peak_speed = cache(matmul_peak) # Measured once per process
 
 @patch
 def _begin(self:Trainer):
     "Open the log at this step, measure the machine, put the random generators in place."
-    if self.rng is None:
-        seed_everything(self.args.seed)
-        self.rng = rng_state()
+    if self.rng is None: seed_everything(self.args.seed); self.rng = rng_state()
     live = in_jupyter() and self.args.log_format == "text"
     if live and not any(isinstance(c, LivePlot) for c in self.callbacks): self.callbacks.append(LivePlot())
     self.log = self.console = Silent()
@@ -300,6 +292,5 @@ def _begin(self:Trainer):
     self.flops_per_token = self.model.flops_per_token(self.data.batch(0).x_BT.shape[1])
     self.peak = peak_speed(self.device, self.precision)*self.ranks.size
     self.since,self.began = (self.tokens, self.seconds),(time.monotonic(), self.step)
-    if self.saved and not self.saved[1].resolve().is_relative_to(self.out_dir.resolve()): # From now on this folder alone is enough to go on
-        self.saved = None
-        self.save()
+    elsewhere = self.saved is not None and not self.saved[1].resolve().is_relative_to(self.out_dir.resolve())
+    if elsewhere: self.saved = None; self.save() # From now on this folder alone is enough to go on

@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import BantamError
 import bantam.chat_verbs # makes `chat`
 import bantam.data_verbs # makes `data prepare` and `data preview`
-import bantam.decode_verbs # makes `generate`
+import bantam.decode_verbs # makes `generate` and `quantize`
 import bantam.expert_verbs # makes `experts train` and `experts list`
 import bantam.serve_verb # makes `serve`
 from .train_verbs import TYPED, launched, shape_of, training, way_on # makes `plan`, `doctor`, `bench` and `sweep`

@@ -363,7 +363,7 @@ def test_a_full_queue_says_429_and_goes_on():
 
 
 def test_too_long_a_wait_says_503_and_too_long_an_answer_504():
-    with running(ENDLESS, seats=1, queue=9, step=.01, wait_seconds=.1) as engine:
+    with running(ENDLESS, seats=1, queue=9, step=.02, wait_seconds=.4) as engine:
         heard = crowd(engine, 4)
         assert heard.count((200, None, None)) == 1 and heard.count((503, "5", "server_error")) == 3, heard
     with running(ENDLESS, seats=1, step=.01, run_seconds=.1) as engine:

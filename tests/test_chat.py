@@ -132,7 +132,7 @@ def test_nothing_in_an_answer_moves_the_cursor(text):
 
 class Scripted:
     "Says what it is told: texts, and the names of control tokens; stands in for the model."
-    head_weight = BIG.head_weight
+    device = BIG.device
 
     def __init__(self, answers, context=256):
         self.answers, self.asked, self.config = iter(answers), [], BIG.config.replace(max_position_embeddings=context)

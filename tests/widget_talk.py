@@ -21,7 +21,7 @@ class Scripted:
         self.answers, self.pace, self.said, self.asked = iter(answers), pace, 0, []
         self.config = BantamConfig(vocab_size=TOK.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                                    num_key_value_heads=2, max_position_embeddings=context)
-        self.head_weight = torch.zeros(1)
+        self.device = torch.device("cpu")
 
     def stream(self, input_ids, args, **options):
         self.asked.append(args)

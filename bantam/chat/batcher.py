@@ -152,7 +152,7 @@ class Batch:
         self.seats = 1 if self.why_alone else seats
         self.rows,self.reading,self.past = [],deque(),0 # rows in their seats; prompts being read; columns in the cache
         self.cache,self.steps = SeatCache(model.config.num_hidden_layers, self.seats, 64),None # steps: of the only row, where there is one seat
-        self.table = torch.full((self.seats, 64), -1, device=model.head_weight.device)
+        self.table = torch.full((self.seats, 64), -1, device=model.device)
 
     @property
     def free(self)->int: # Seats

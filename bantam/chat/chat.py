@@ -153,7 +153,7 @@ def begin(self:BantamChat,
     ids,context = self.prompt(kept),self.model.config.max_position_embeddings
     args = args.replace(max_new_tokens=min(args.max_new_tokens, context-len(ids)))
     seed = None if self.seed is None else self.seed + self.answers
-    input_ids,held = torch.tensor([ids], device=self.model.head_weight.device),{}
+    input_ids,held = torch.tensor([ids], device=self.model.device),{}
     if self.constrain: held["constraint"] = CallConstraint(partial(self._call_form, args), self.tokenizer)
     return kept,dropped,self.model.stream(input_ids, args, stop_ids=self.stop_ids, seed=seed, **held)
 

@@ -140,7 +140,7 @@ def summary(model:BantamForCausalLM, # Any
     if seq_len < 1: raise BantamError(f"seq_len must be at least 1, got {seq_len}")
     V,T = model.config.vocab_size,min(seq_len, model.config.max_position_embeddings)
     gen = torch.Generator().manual_seed(0)
-    logp = model(torch.randint(V, (2, T), generator=gen).to(model.head_weight.device)).logits.log_softmax(-1)
+    logp = model(torch.randint(V, (2, T), generator=gen).to(model.device)).logits.log_softmax(-1)
     entropy = -(logp.exp()*logp).sum(-1).mean().item()
     rows = [f"{k:12s} {human(n):>8s}" for k,n in model.parts().items()]
     rows += [f"{'all':12s} {human(model.num_parameters()):>8s}", f"{'of a token':12s} {human(model.active_parameters()):>8s}"]

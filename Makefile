@@ -9,6 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .venv/.runtime: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt --upgrade pip  # that of an older Python looks for minutes among versions that are pinned
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
@@ -34,6 +35,7 @@ docs-serve: docs
 
 .bench/.ready: settings.ini setup.py constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .bench
+	.bench/bin/pip install -q -c constraints.txt --upgrade pip
 	.bench/bin/pip install -q -c constraints.txt -e '.[dev]'
 	.bench/bin/pip install -q -r benchmarks/peers.txt
 	touch $@

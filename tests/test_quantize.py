@@ -207,8 +207,8 @@ def test_verb_never_writes_over_something_nor_halfway(home, tmp_path, monkeypatc
     (tmp_path/"taken").mkdir(); (tmp_path/"taken"/"diary.txt").write_text("mine")
     code, _, err = cli("quantize", "--model", home/"model", "--out", tmp_path/"taken", "--limit", 2)
     assert code == 2 and "not empty" in err and (tmp_path/"taken"/"diary.txt").read_text() == "mine"
-    from bantam.model import files
-    monkeypatch.setattr(files, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    room = BantamForCausalLM.save_pretrained.__globals__  # of the module, or of its notebook where that ran in this process before
+    monkeypatch.setitem(room, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     code, _, err = cli("quantize", "--model", home/"model", "--out", tmp_path/"out", "--limit", 2)
     assert code == 2 and "No space left" in err and sorted(p.name for p in tmp_path.iterdir()) == ["taken"]
 

@@ -178,7 +178,7 @@ class Heads(nn.Module):
 
 # %% ../../nbs/3_model/34_attention.ipynb #25fec27a
 def turn_one(qkv_BTNK:Tensor, # All heads: query, key, value
-             cos:Tensor, # (T,1,K) or (B,T,1,K), from `Angles.doubled`
+             cos:Tensor, # (T,1,K) or (B,T,1,K), doubled, of `Angles`
              sin:Tensor, # The same
              H:int, # Query heads
              G:int # Key heads, and as many value heads

@@ -3,7 +3,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import random
 import re
 import signal
@@ -28,7 +27,6 @@ from bantam.decode.steps import Ends
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.template import ChatTemplate
 from bantam.text.tokenizer import BantamTokenizer
-from test_site import find_browser
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -418,19 +416,6 @@ def test_the_verb_serves_and_ends_with_ctrl_c(tmp_path):
 # --- the page -----------------------------------------------------------------------------------------------------------------
 
 EVIL = "Hi <script>document.title='bad'</script> <img src=x onerror=\"document.title='bad'\"> \x1b[31mred\x1b[0m &amp; **b**"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = find_browser()
-    if not path:
-        if os.environ.get("BANTAM_BROWSER") == "required": pytest.fail("no Chromium found, and BANTAM_BROWSER=required")
-        pytest.skip("no Chromium found; install one, or name it in CHROME")
-    sync = pytest.importorskip("playwright.sync_api")
-    with sync.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=path, headless=True, args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
-        yield b
-        b.close()
 
 
 @pytest.fixture()

@@ -1,9 +1,7 @@
 """The built site: every link and picture resolves, and a real browser finds no error and asks no other machine for anything."""
 import functools
 import http.server
-import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -77,25 +75,6 @@ def test_every_notebook_is_in_the_sidebar():
 def test_pages_show_the_taught_source(pages):
     text = (SITE/"3_model/attention.html").read_text(encoding="utf-8")
     assert "eager_attention" in text and "Exercises" in text
-
-
-def find_browser():
-    "A Chromium of this machine, or None."
-    return os.environ.get("CHROME") or next((b for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (b := shutil.which(n))), None)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    path = find_browser()
-    if not path:
-        if os.environ.get("BANTAM_BROWSER") == "required": pytest.fail("no Chromium found, and BANTAM_BROWSER=required")
-        pytest.skip("no Chromium found; install one, or name it in CHROME")
-    sync = pytest.importorskip("playwright.sync_api")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=path, headless=True, args=flags)
-        yield b
-        b.close()
 
 
 @pytest.fixture()

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from hypothesis import given, settings, strategies as st
-from test_site import find_browser
+from conftest import find_browser
 from widget_talk import CALL, EVIL, STORY, TOK, Scripted
 
 from bantam.chat.calculator import calculator

@@ -1,6 +1,7 @@
 """What holds for all tests: nothing is asked of a network, whichever library is imported first."""
 import os
 import shutil
+import time
 
 import pytest
 
@@ -12,16 +13,33 @@ def find_browser():
     return os.environ.get("CHROME") or next((b for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (b := shutil.which(n))), None)
 
 
-@pytest.fixture(scope="module")  # of a module: its event loop must be gone when the next one has its own
-def browser():
-    "Headless Chromium."
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "Path of a browser; without one the test is skipped, or fails where CI asks for it."
     path = find_browser()
     if not path:
         if os.environ.get("BANTAM_BROWSER") == "required": pytest.fail("no Chromium found, and BANTAM_BROWSER=required")
         pytest.skip("no Chromium found; install one, or name it in CHROME")
-    sync = pytest.importorskip("playwright.sync_api")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=path, headless=True, args=flags)
+    pytest.importorskip("playwright.sync_api")
+    return path
+
+
+@pytest.fixture(scope="module")  # of a module: its event loop must be gone when the next one has its own
+def browser(chromium):
+    "Headless Chromium."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)
         yield b
         b.close()
+
+
+def until(true, seconds=10):
+    "Wait for something that another thread does."
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(.005)

@@ -27,6 +27,7 @@ from bantam.decode.steps import Ends
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.template import ChatTemplate
 from bantam.text.tokenizer import BantamTokenizer
+from conftest import until
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -87,14 +88,6 @@ def small():
 
 
 def client(engine, **how): return openai.OpenAI(base_url=engine.url + "/v1", api_key=how.pop("api_key", "none"), max_retries=0, timeout=30, **how)
-
-
-def until(good, seconds=10):
-    "Wait until it is so."
-    end = time.monotonic() + seconds
-    while not good():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(.005)
 
 
 # --- OpenAI's client ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from hypothesis import given, settings, strategies as st
-from conftest import find_browser
+from conftest import FLAGS, until
 from widget_talk import CALL, EVIL, STORY, TOK, Scripted
 
 from bantam.chat.calculator import calculator
@@ -43,14 +43,6 @@ def ask(cell, text):
     cell.entry.value = text
     cell.send_button.click()
     assert cell.worker.wait(20)
-
-
-def until(true, seconds=10):
-    "Wait for something that another thread does."
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(.005)
 
 
 def kinds(cell): return [p.kind for p in cell.parts]
@@ -261,19 +253,6 @@ def test_it_runs_in_a_kernel_without_a_browser(environment):
 
 
 # --- browsers -----------------------------------------------------------------------------------------------------------------
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
-
-@pytest.fixture()
-def chromium():
-    path = find_browser()
-    if not path:
-        if os.environ.get("BANTAM_BROWSER") == "required": pytest.fail("no Chromium found, and BANTAM_BROWSER=required")
-        pytest.skip("no Chromium found; install one, or name it in CHROME")
-    pytest.importorskip("playwright.sync_api")
-    return path
-
 
 @contextlib.contextmanager
 def served(command, env, folder):

@@ -8,7 +8,9 @@ training does; the dense mask is made once, outside of the timing. Contenders li
 The second table runs tiles alone at growing lengths (window 256, 4 sinks, batch 1), each in a process of its own, in turns: time, and peak
 memory above what the process held before. Work that grows with length x window doubles from row to row. The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, time
+import argparse, json, statistics, subprocess, sys, time
+
+from _common import machine, report, versions
 
 BATCH, HEADS, GROUPS, WIDTH, SINKS = 2, 8, 2, 32, 4
 CASES = {"1024/128": (1024, 128, 1.6), "2048/256": (2048, 256, 2.2), "4096/256": (4096, 256, 5.0)}
@@ -98,23 +100,6 @@ def growth(precision, lengths, rounds, steps):
             for length, r in zip(lengths, runners)]
 
 
-def machine():
-    "What a figure depends on: processor, cores, system, wait policy."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(processor=model, cores=cores, system=platform.system(), OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
-
-
-def versions():
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "torch"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -148,11 +133,8 @@ def main():
     for r in grown: print(f"{r['length']:7d} {r['precision']:5s} {r['ms']:8.1f} {r['memory_mb']:7.0f}")
     print("\nper doubling of the length: " + ", ".join(f"{k} {v:.2f}" for k, v in doublings.items()) + f" (2 is linear, 4 is square; at most {GROWTH} is asked)")
     result = dict(name="attention", ratios=ratios, targets=targets, doublings=doublings, doubling_target=GROWTH,
-                  met=all(ratios[k] >= t for k, t in targets.items()) and all(v <= GROWTH for v in doublings.values()), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, spread=spread, growth=grown), f, indent=2)
-    print(json.dumps(result))
+                  met=all(ratios[k] >= t for k, t in targets.items()) and all(v <= GROWTH for v in doublings.values()), machine=about, versions=versions("torch"))
+    report(result, a.json, rows=rows, spread=spread, growth=grown)
 
 
 if __name__ == "__main__": main()

@@ -5,8 +5,10 @@
 The tokenizer's own throughput is `encode_iterable` on all cores, texts in memory, ids thrown away. `data prepare` reads the same texts from a JSONL file, tokenises them
 with the same tokenizer, and writes hashed shards to the disk; cleaning and duplicates are off (`dedup.py` times those). They take turns. The last line is one JSON object.
 """
-import argparse, json, os, platform, random, statistics, tempfile, time
+import argparse, json, random, statistics, tempfile, time
 from pathlib import Path
+
+from _common import machine, report, versions
 
 TARGETS = {"prepare over tokenizer": .8}
 
@@ -17,17 +19,6 @@ def texts(n, seed=0):
     rng, pool = random.Random(seed), [p for r in stdlib() for p in r.text.split("\n\n") if 20 < len(p) < 2000]
     return ["\n\n".join(rng.choices(pool, k=6)) for _ in range(n)]
 
-
-def machine():
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    return dict(processor=model, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), system=platform.system())
-
-
-def versions():
-    from importlib.metadata import version
-    return dict(python=platform.python_version()) | {n: version(n) for n in ("bantam-lm", "tokenizers", "numpy")}
 
 
 def main():
@@ -56,11 +47,8 @@ def main():
     print(f"{'tokenizer, in memory':24s} {mid['tokenizer']:10.0f} {1:17.2f}\n{'data prepare':24s} {mid['prepare']:10.0f} {mid['ratio']:17.2f}")
     ratios = {"prepare over tokenizer": round(mid["ratio"], 3)}
     met = ratios["prepare over tokenizer"] >= TARGETS["prepare over tokenizer"]
-    result = dict(name="data_prepare", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="data_prepare", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions("tokenizers", "numpy"))
+    report(result, a.json, rows=rows)
 
 
 if __name__ == "__main__": main()

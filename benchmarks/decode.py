@@ -8,7 +8,9 @@
 
 Both models have the same weights, and the first contender's tokens are compared in float32. Contenders take turns, round by round; a ratio is the median over rounds. The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, sys, time, warnings
+import argparse, statistics, sys, time, warnings
+
+from _common import machine, report, versions
 
 TARGETS = {"bf16": 1.5, "compiled": 2., "int8": 3., "first token": 1., "batch of 16": 5., "SmolLM2 bf16": 1.25, "SmolLM2 int8": 2.2}
 SHAPE = dict(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048)
@@ -191,10 +193,9 @@ def main():
     for n, why in missing.items(): print(f"missing: {n}: {why}")
     met = all(k in ratios and ratios[k] >= t for k, t in TARGETS.items()) and lost is not None and lost["int8"] <= .01
     result = dict(name="decode", ratios={k: round(v, 3) for k, v in ratios.items()}, targets=TARGETS, met=met,
-                  machine=dict(cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), threads=args.threads, wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), bandwidth_gb=round(speed/1e9, 1)),
-                  versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()), missing=missing, int8_cost=lost, rolling={n-1: v for n, v in roll.items()})
-    if args.json: open(args.json, "w").write(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+                  machine=machine(threads=args.threads, bandwidth_gb=round(speed/1e9, 1)),
+                  versions=versions("torch", "transformers"), missing=missing, int8_cost=lost, rolling={n-1: v for n, v in roll.items()})
+    report(result, args.json)
 
 
 if __name__ == "__main__": main()

@@ -11,7 +11,9 @@ contender runs in a process of its own, so that its memory is its own:
 
 Memory is the peak of the process and of its workers together. The last line is one JSON object; every ratio is budget over use, so that 1 meets it.
 """
-import argparse, importlib.util, json, os, platform, random, re, resource, subprocess, sys, tempfile, time
+import argparse, importlib.util, json, os, random, re, resource, subprocess, sys, tempfile, time
+
+from _common import machine, report, versions
 
 BUDGET = dict(seconds=180, memory_mb=2048, recall=.95, precision=.99)
 TARGETS = {"time in 3 minutes": 1.0, "memory in 2 GB": 1.0, "recall over 95 %": 1.0, "precision over 99 %": 1.0}
@@ -103,23 +105,6 @@ def contender(name, path, n, workers):
                           recall=right/max(1, planted), precision=right/max(1, len(found)))))
 
 
-def machine():
-    "What a figure depends on: processor, cores, system."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(processor=model, cores=cores, system=platform.system())
-
-
-def versions():
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "numpy", "datasketch"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -157,11 +142,8 @@ def main():
     ratios = {k: round(v, 3) for k, v in ratios.items()}
     print()
     for k, v in ratios.items(): print(f"{k:20s} {v:.2f}" + (f", target {TARGETS[k]:g}" if k in TARGETS else " times as fast in one process"))
-    result = dict(name="dedup", ratios=ratios, targets=TARGETS, met=all(ratios[k] >= t for k, t in TARGETS.items()), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, quick=a.quick), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="dedup", ratios=ratios, targets=TARGETS, met=all(ratios[k] >= t for k, t in TARGETS.items()), machine=about, versions=versions("numpy", "datasketch"))
+    report(result, a.json, rows=rows, quick=a.quick)
 
 
 if __name__ == "__main__": main()

@@ -4,23 +4,14 @@
 
 `--from` reads a demo that has been run already. The last line is one JSON object; `--json` also keeps the loss curve beside the README's notebook.
 """
-import argparse, json, os, platform, shutil, subprocess, sys, tempfile
+import argparse, json, shutil, subprocess, sys, tempfile
 from pathlib import Path
+
+from _common import machine, report, versions
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {"seconds of 600": 1.0, "memory of 2000 MB": 1.0, "exact on graded kinds": .9, "answers that end": .98, "bits below the unigram floor": 0.}
 AT_MOST = ("seconds of 600", "memory of 2000 MB")
-
-
-def versions():
-    import torch, tokenizers
-    from bantam import __version__
-    return dict(bantam=__version__, torch=torch.__version__, tokenizers=tokenizers.__version__, python=platform.python_version())
-
-
-def machine(policy):
-    names = [l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")] if os.path.exists("/proc/cpuinfo") else [platform.processor()]
-    return dict(cpu=names[0], cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), wait_policy=policy)
 
 
 def commit():
@@ -43,14 +34,12 @@ def main():
     ratios = {k: round(v, 4) for k, v in ratios.items()}
     met = all(ratios[k] <= t if k in AT_MOST else ratios[k] >= t for k, t in TARGETS.items())
     for k, v in ratios.items(): print(f"{k:32} {v:8.3f}   target {'at most' if k in AT_MOST else 'at least'} {TARGETS[k]}")
-    result = dict(name="demo", ratios=ratios, targets=TARGETS, met=met, machine=machine(s["wait_policy"]), versions=versions(), commit=commit(), summary=s,
+    result = dict(name="demo", ratios=ratios, targets=TARGETS, met=met, machine=machine(OMP_WAIT_POLICY=s["wait_policy"]), versions=versions("torch", "tokenizers"), commit=commit(), summary=s,
                   conversation=json.loads((folder/"conversation.json").read_text()))
     if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps(result, indent=1) + "\n")
         (ROOT/"nbs/images").mkdir(exist_ok=True)
         shutil.copyfile(folder/"loss.png", ROOT/"nbs/images/demo_loss.png")
-    print(json.dumps(result))
+    report(result, a.json)
 
 
 if __name__ == "__main__": main()

@@ -5,11 +5,12 @@
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from _common import machine, report, versions
 
 ROOT = Path(__file__).parent.parent
 WORK = '''
@@ -84,9 +85,8 @@ def main():
     ratios = dict(loss=mean(1)/mean(0), loss_each_for_itself=mean(2)/mean(0), memory=memory["turns"]/memory["one"], memory_of_all=memory["turns"]/memory["all"])
     targets = dict(loss=1.03, memory=1.15)
     result = dict(name="experts", ratios={k: round(v, 4) for k, v in ratios.items()}, targets=targets, met=all(ratios[k] <= v for k, v in targets.items()),
-                  machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", versions=dict(bantam=__version__, torch=torch.__version__))
-    if opt.json: Path(opt.json).write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+                  machine=machine(), versions=versions("torch"))
+    report(result, opt.json)
 
 
 if __name__ == "__main__": main()

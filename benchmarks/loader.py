@@ -6,7 +6,9 @@ Rows of 512 tokens, batches of 32, one process, one thread, from a warm page cac
 with a shuffling sampler. Figures are medians of rounds in which the contenders take turns. The memory of a 4 GB sparse file is measured in a process
 of its own. The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile, time
+import argparse, statistics, subprocess, sys, tempfile, time
+
+from _common import machine, report, versions
 
 TARGETS = {"million tokens a second": 300., "share of a training step": .01, "resident MB of a 4 GB file over a small one": 300.}
 T, B = 512, 32
@@ -68,17 +70,6 @@ def step_seconds():
     return statistics.median(step() for _ in range(5))
 
 
-def machine():
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    return dict(processor=model, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), system=platform.system())
-
-
-def versions():
-    from importlib.metadata import version
-    return dict(python=platform.python_version()) | {n: version(n) for n in ("bantam-lm", "torch", "numpy")}
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -116,11 +107,8 @@ def main():
               "resident MB of a 4 GB file over a small one": round(memory, 1)}
     print(f"\na step of the small preset takes {step*1e3:.0f} ms, of which its batch would be {share:.3%}\na sparse file of {big/2**30:g} GB takes {memory:.0f} MB more than one of 4 MB")
     met = ratios["million tokens a second"] >= 300 and share < .01 and memory < 300
-    result = dict(name="loader", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(seconds=times, step=step), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="loader", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions("torch", "numpy"))
+    report(result, a.json, seconds=times, step=step)
 
 
 if __name__ == "__main__": main()

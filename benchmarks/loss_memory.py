@@ -8,7 +8,9 @@ what it held before. Each contender lives in a process of its own, since a peak 
 run with the C allocator's defaults and with the settings that bantam makes for training (`tune_allocator`). Those keep freed memory for reuse, which hides
 a peak, so memory is compared with the defaults. The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, time
+import argparse, json, os, statistics, subprocess, sys, time
+
+from _common import machine, report, versions
 
 VOCAB, TOKENS, WIDTH = 32000, 4096, 512
 TARGETS = {"memory": 4., "time": .9} # ordinary / bantam: at most a quarter of the memory, at most 10 % more time
@@ -102,27 +104,6 @@ def compare(precision, tuned, device, rounds, steps):
     return rows, {"time": times} if tuned else {"memory": [full.about["memory"]/ours.about["memory"]], "time": times}
 
 
-def machine(device):
-    "What a figure depends on: processor, cores, system, wait policy."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = dict(processor=model, cores=cores, system=platform.system(), OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
-    if device == "cuda":
-        import torch
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-def versions():
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "torch"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -153,11 +134,8 @@ def main():
         print(f"{r['precision']:5s} {r['allocator']:9s} {r['name']:11s} {added:>9s} {r['ms']:10.1f} {r['steps']:6d} {r['loss']:8.4f}")
     print("\nall logits / bantam:")
     for key, ratio in ratios.items(): print(f"{key:32s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the rounds), target {targets[key]}")
-    result = dict(name="loss_memory" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets, met=all(ratios[k] >= t for k, t in targets.items()), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, spread=spread), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="loss_memory" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets, met=all(ratios[k] >= t for k, t in targets.items()), machine=about, versions=versions("torch"))
+    report(result, a.json, rows=rows, spread=spread)
 
 
 if __name__ == "__main__": main()

@@ -10,7 +10,9 @@
 No capacity limit, so nobody is dropped and all do the same work. Each contender lives in a process of its own with the allocator settings that bantam makes for training; the processes take turns.
 The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, time
+import argparse, json, statistics, subprocess, sys, time
+
+from _common import machine, report, versions
 
 SHAPES = dict(small=dict(width=256, inner=344, tokens=2048), large=dict(width=512, inner=704, tokens=2048)) # inner: of one expert
 EXPERTS, TOP, FEW = (4, 16, 64), 2, 64
@@ -121,27 +123,6 @@ def compare(experts, peers, precision, shape, device, rounds, steps):
     return rows, {r.kind: [ours/theirs for ours, theirs in zip(runners[0].rounds, r.rounds)] for r in runners[1:]}
 
 
-def machine(device):
-    "What a figure depends on: processor, cores, system, wait policy."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = dict(processor=model, cores=cores, system=platform.system(), OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
-    if device == "cuda":
-        import torch
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-def versions():
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "torch"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -181,11 +162,8 @@ def main():
               f"{r['tokens_per_second']:9.0f} {r['memory_mb']:6.0f}")
     print("\nspeed of bantam / speed of the other:")
     for key, ratio in ratios.items(): print(f"{key:46s} {ratio:6.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the rounds)" + (f", target {targets[key]}" if key in targets else ""))
-    result = dict(name="moe" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets, met=all(ratios[k] >= t for k, t in targets.items()), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, spread=spread), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="moe" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets, met=all(ratios[k] >= t for k, t in targets.items()), machine=about, versions=versions("torch"))
+    report(result, a.json, rows=rows, spread=spread)
 
 
 if __name__ == "__main__": main()

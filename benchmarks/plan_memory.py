@@ -6,7 +6,9 @@ Each case is a process of its own. Measured is the most resident memory that the
 nothing was built (on CUDA: the most that PyTorch took there). The steps are the trainer's own: `accumulate` and `take_step`. Predicted is the sum of `plan`'s kinds; what it adds to the tensors for the allocator was fitted to other shapes (`OTHERS`).
 The last line is one JSON object; `ratios` are predicted / measured.
 """
-import argparse, json, os, platform, subprocess, sys
+import argparse, json, os, subprocess, sys
+
+from _common import machine, report, versions
 
 CASES = { # name: (preset, changes of the shape, batch_size, seq_len, accum_steps, gradient checkpointing, precision, optimizer)
     "tiny": ("tiny", {}, 32, 128, 1, False, "fp32", "muon"),
@@ -119,12 +121,6 @@ def calibrate():
         print(dict(zip(names, np.linalg.lstsq(table[:,:-1], table[:,-1], rcond=None)[0].round(3).tolist())))
 
 
-def machine(device):
-    "What a figure depends on."
-    import torch
-    about = dict(processor=platform.processor() or platform.machine(), cores=len(os.sched_getaffinity(0)), system=platform.system())
-    return about | (dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {})
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -146,13 +142,9 @@ def main():
         said = sum(r["kinds"].values())
         print(f"{c:34s} {said/2**20:9.0f} {r['measured']/2**20:9.0f} {said/r['measured'] - 1:+6.1%}")
     ratios = {c: round(sum(r["kinds"].values())/r["measured"], 3) for c, r in rows.items()}
-    from importlib.metadata import version
     result = dict(name="plan_memory" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets={c: [.9, 1.1] for c in rows}, met=all(.9 <= v <= 1.1 for v in ratios.values()),
-                  machine=machine(a.device), versions=dict(python=platform.python_version(), torch=version("torch")))
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows), f, indent=2)
-    print(json.dumps(result))
+                  machine=machine(a.device), versions=versions("torch"))
+    report(result, a.json, rows=rows)
 
 
 if __name__ == "__main__": main()

@@ -11,10 +11,11 @@ all held-out text at equal wall time (`--minutes`), or for equal numbers of toke
 Every finished run is added to FILE (benchmarks/results/recipes.json) at once, and runs that are in it are not run again: stop and go on at any time. The table shows the mean
 difference to BASE with the 95 % interval of the paired differences. The last line is one JSON object.
 """
-import argparse, json, os, platform
+import argparse, json, os
 from pathlib import Path
 
-from time_to_loss import Seconds, Steps, batches, characters, held_out, machine, train
+from _common import machine, report, versions
+from time_to_loss import Seconds, Steps, batches, characters, held_out, train
 
 BASE = dict(context=64, batch=12, warmup=.02, precision="bf16", model=dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, ffn_type="swiglu", qk_norm=True, residual_init="zero"),
             args=dict(lr=1e-2, muon_lr=1.5e-2, muon_momentum=.9, weight_decay=.1, lr_scheduler="linear", min_lr_ratio=0.))
@@ -154,7 +155,7 @@ def show(runs, about):
     for name, mine in groups(runs).items():
         print(f"\n{name}\n\n{table(mine)}")
         found |= {f"{name}: {c.choice} {c.arm}": round(c.mean, 4) for c in comparisons(mine)}
-    print("\n" + json.dumps(dict(name="recipes", ratios=found, targets={}, met=True, machine=about, versions=dict(python=platform.python_version(), torch=torch.__version__))))
+    print(); report(dict(name="recipes", ratios=found, targets={}, met=True, machine=about, versions=versions("torch")))
 
 
 if __name__ == "__main__": main()

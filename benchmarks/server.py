@@ -7,8 +7,10 @@ seed and length. Tokens are those that the server counts (`usage`). The model is
 small head of a distribution to find, as there is in a trained one. One reader alone comes first, for a sixth of the time, then all of them. Any status but 200, an error in a stream or a stream without its
 end is an error, and one error means that the target is missed. There is no peer to run beside: the measure is the server itself with one reader. The last line is one JSON object.
 """
-import argparse, asyncio, json, os, platform, re, signal, statistics, subprocess, sys, tempfile, time
+import argparse, asyncio, os, re, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
+
+from _common import machine, report, versions
 
 TARGET = 4.
 
@@ -78,14 +80,10 @@ def main():
     for r in rows:
         for why in dict.fromkeys(r["errors"]): print("error:", why)
     print(f"{ratio:.2f} times the tokens of one stream (target {TARGET:g}); the server ended with status {code}")
-    import torch, starlette, uvicorn
     name = f"{args.streams} streams over one"
-    out = dict(name="server", ratios={name: round(ratio, 3)}, targets={name: TARGET}, met=bool(ratio >= TARGET and not errors and code == 0), errors=errors, rows=rows, threads=args.threads, seconds=seconds,
-               omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-               versions=dict(python=platform.python_version(), torch=torch.__version__, starlette=starlette.__version__, uvicorn=uvicorn.__version__))
-    line = json.dumps(out)
-    if args.json: Path(args.json).write_text(line + "\n")
-    print(line)
+    out = dict(name="server", ratios={name: round(ratio, 3)}, targets={name: TARGET}, met=bool(ratio >= TARGET and not errors and code == 0), errors=errors, rows=rows, seconds=seconds,
+               machine=machine(threads=args.threads), versions=versions("torch", "starlette", "uvicorn"))
+    report(out, args.json)
 
 
 if __name__ == "__main__": main()

@@ -5,7 +5,9 @@
 Without folders both models are trained here on the offline texts of the demo, for `--seconds`, of which the draft gets a fifth. With folders (of `bantam-cli pretrain`, say) those are taken; they must have one tokenizer.
 Every answer with temperature 0 is compared with that of the model alone. Contenders take turns; a ratio is the median over prompts. The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, time
+import argparse, statistics, time
+
+from _common import machine, report, versions
 
 TARGETS = {"greedy": 1.3}
 SHAPES = dict(target=dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6),
@@ -105,10 +107,9 @@ def main():
     ratios = {n: round(r[0], 3) for n, r in rows.items()}
     result = dict(name="speculate", ratios=ratios, targets=TARGETS, met=all(ratios[k] >= t for k, t in TARGETS.items()) and exact[2] == min(3, len(prompts)),
                   acceptance={n: round(r[1].acceptance, 3) for n, r in rows.items()}, sizes=sizes,
-                  machine=dict(cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), threads=args.threads, wait_policy=os.environ.get("OMP_WAIT_POLICY", "default")),
-                  versions=dict(torch=torch.__version__, python=platform.python_version()))
-    if args.json: open(args.json, "w").write(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+                  machine=machine(threads=args.threads),
+                  versions=versions("torch"))
+    report(result, args.json)
 
 
 if __name__ == "__main__": main()

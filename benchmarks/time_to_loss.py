@@ -13,7 +13,9 @@ Text of about 1.1 million characters: `--text`, or else sources of Python's stan
 Held-out loss is that of every character of the held-out part, in windows of 64, for both. Clocks run during training steps (batch, forward, backward, update), not during
 evaluation; start-up is warmed up alike. Every run is a process of its own, with the same C allocator settings. The last line is one JSON object.
 """
-import argparse, json, math, os, platform, statistics, subprocess, sys, time
+import argparse, json, math, os, statistics, subprocess, sys, time
+
+from _common import machine, report, versions
 
 CONTEXT = 64
 BASELINE = dict(layers=4, heads=4, width=128, batch=12, steps=2000, warmup=100, lr=1e-3, min_lr=1e-4, betas=(.9, .99), decay=.1, clip=1.)
@@ -187,14 +189,6 @@ def run(name, plan, a, seed, **stop):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine():
-    "What a figure depends on: processor, cores, system, wait policy."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(processor=model, cores=cores, system=platform.system(), OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -228,12 +222,9 @@ def main():
     print(f"equal time: loss lower by {gain:.3f} ({min(gains):.3f} to {max(gains):.3f}), target at least {below}")
     import torch
     met = not a.quick and all(reached) and share <= sixth and gain >= below
-    result = dict(name="time_to_loss", ratios=ratios, targets=TARGETS, met=met, machine=about, versions=dict(python=platform.python_version(), torch=torch.__version__))
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        text = os.path.basename(a.text) if a.text else "stdlib"
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, reached=reached, text=text, sprint=SPRINT, equal_time=EQUAL, model=MODEL), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="time_to_loss", ratios=ratios, targets=TARGETS, met=met, machine=about, versions=versions("torch"))
+    text = os.path.basename(a.text) if a.text else "stdlib"
+    report(result, a.json, rows=rows, reached=reached, text=text, sprint=SPRINT, equal_time=EQUAL, model=MODEL)
 
 
 if __name__ == "__main__": main()

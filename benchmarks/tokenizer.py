@@ -13,8 +13,10 @@ Three comparisons, each in processes of their own (the number of threads belongs
 The text is the sources of Python's standard library (their comments and documentation are English), and for the 130 KB the text of Python's
 own help pages; `--text` takes a file, or a folder of .txt files, instead. The last line is one JSON object.
 """
-import argparse, importlib.util, json, os, platform, statistics, subprocess, sys, tempfile, time
+import argparse, importlib.util, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
+
+from _common import machine, report, versions
 
 AT_MOST = {"train_bpe: time beside tokenizers": 1.1, "trainbpe: time beside tokenizers": 1.1, "from scratch, 130 KB: part of 0.2 s": 1.0, "from scratch, 5 MB: part of 5 s": 1.0}
 AT_LEAST = {"encode on one core: speed beside tokenizers": 1.0, "encode on two cores: speed beside tokenizers": 1.0}
@@ -163,23 +165,6 @@ def ask(folder, texts, kind, cores, rounds, size=None):
 
 # The one that asks
 
-def machine():
-    "What a figure depends on: processor, cores, system."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(processor=model, cores=cores, system=platform.system())
-
-
-def versions():
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "tokenizers", "tiktoken", "regex"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -242,11 +227,8 @@ def main():
         goal = f", target at {'most' if key in AT_MOST else 'least'} {targets[key]}" if key in targets else ", reported only"
         print(f"{key:50s} {value:6.2f} ({spread[key][0]:.2f} to {spread[key][1]:.2f}){goal}")
     met = all(same) and all(ratios.get(k, 9) <= v for k, v in AT_MOST.items()) and all(ratios.get(k, 0) >= v for k, v in AT_LEAST.items())
-    result = dict(name="tokenizer", ratios=ratios, targets=targets, met=met, machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(at_most=sorted(AT_MOST), rows=rows, spread=spread, missing=missing), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="tokenizer", ratios=ratios, targets=targets, met=met, machine=about, versions=versions("tokenizers", "tiktoken", "regex"))
+    report(result, a.json, at_most=sorted(AT_MOST), rows=rows, spread=spread, missing=missing)
 
 
 if __name__ == "__main__": main()

@@ -13,7 +13,9 @@ Two comparisons, each with the fastest peer:
 With `--compile` all of them, bantam too, run under `torch.compile`. The wait policy of OpenMP is the machine's default for all of them, and is
 printed. The last line is one JSON object.
 """
-import argparse, importlib.util, json, os, platform, statistics, subprocess, sys, time
+import argparse, importlib.util, json, os, statistics, subprocess, sys, time
+
+from _common import machine, report, versions
 
 SHAPES = dict(
     small=dict(vocab=4096, width=256, layers=6, heads=8, kv_heads=2, inner=688, length=256, batch=8),
@@ -159,23 +161,6 @@ def compare(precision, shape, names, rounds, steps, compiled):
     return rows, pairs
 
 
-def machine():
-    "What a figure depends on: processor, cores, system, wait policy."
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(processor=model, cores=cores, system=platform.system(), OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
-
-
-def versions():
-    from importlib.metadata import PackageNotFoundError, version
-    found = dict(python=platform.python_version())
-    for name in ("bantam-lm", "torch", *PEERS):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
-    return found
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -231,11 +216,8 @@ def main():
         else: print(f"{key:22s} {ratio:.2f} of the fastest peer's peak" + (f", target at most {MEMORY}" if key == "bf16 memory" else ""))
     met = not missing and all(ratios.get(k, 0) >= t for k, t in targets.items()) and ratios.get("bf16 memory", 0) <= MEMORY
     name = "train_step" + "_large"*(a.shape == "large") + "_compiled"*a.compile
-    result = dict(name=name, ratios=ratios, targets=targets | ({"bf16 memory": MEMORY} if "bf16 memory" in ratios else {}), met=met, machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, spread=spread, by_peer=by_peer, missing=missing), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name=name, ratios=ratios, targets=targets | ({"bf16 memory": MEMORY} if "bf16 memory" in ratios else {}), met=met, machine=about, versions=versions("torch", *PEERS))
+    report(result, a.json, rows=rows, spread=spread, by_peer=by_peer, missing=missing)
 
 
 if __name__ == "__main__": main()

@@ -9,7 +9,9 @@ and a checkpoint are measured by themselves and put together as often as the def
 Saving: a checkpoint of about 100 MB (weights and optimiser), written, hashed, synced and renamed, and the oldest one taken out of the list, beside the peer that writes as many bytes to one file and
 syncs it; the two take turns in the same folder. The place of the oldest is given back in the background, while training goes on; here that is waited for between the two, in neither's time. Figures are medians. The last line is one JSON object.
 """
-import argparse, contextlib, io, json, os, platform, statistics, tempfile, time
+import argparse, contextlib, io, os, statistics, tempfile, time
+
+from _common import machine, report, versions
 
 TARGETS = {"overhead, share of wall time": .03, "saving, share of the disk's write speed": .70}
 
@@ -103,17 +105,6 @@ def saving(t, rounds):
     return size, statistics.median(ours[1:]), statistics.median(theirs[1:])
 
 
-def machine():
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    return dict(processor=model, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), system=platform.system())
-
-
-def versions():
-    from importlib.metadata import version
-    return dict(python=platform.python_version()) | {n: version(n) for n in ("bantam-lm", "torch", "safetensors")}
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -149,10 +140,8 @@ def main():
     ratios = {"overhead, share of wall time": round(first, 5), "overhead with one micro-batch a step": round(list(rows.values())[1]["share"], 5),
               "saving, share of the disk's write speed": round(theirs/ours, 3)}
     met = first < .03 and theirs/ours >= .7
-    result = dict(name="trainer_overhead", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions())
-    if a.json:
-        with open(a.json, "w") as f: json.dump(result | dict(rows=rows, checkpoint=dict(bytes=size, seconds=ours, naive_seconds=theirs)), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="trainer_overhead", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions("torch", "safetensors"))
+    report(result, a.json, rows=rows, checkpoint=dict(bytes=size, seconds=ours, naive_seconds=theirs))
 
 
 if __name__ == "__main__": main()

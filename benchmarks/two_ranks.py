@@ -6,7 +6,9 @@ The same training steps (model of the small preset, Muon, the same rows in the s
 one thread each, under `OMP_WAIT_POLICY=PASSIVE`. Tokens a second are those of the whole run. Rounds take turns; figures are medians. Also shown: what FSDP2
 reaches, gradients sent as bf16, and plain gradients without overlap. The last line is one JSON object.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile
+import argparse, json, os, statistics, subprocess, sys, tempfile
+
+from _common import machine, report, versions
 
 TARGETS = {"two ranks, DDP, over one process": .9}
 
@@ -63,17 +65,6 @@ def run(file, way, job):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def machine():
-    model = platform.processor() or platform.machine()
-    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): pass
-    return dict(processor=model, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), system=platform.system())
-
-
-def versions():
-    from importlib.metadata import version
-    return dict(python=platform.python_version()) | {n: version(n) for n in ("bantam-lm", "torch")}
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -97,11 +88,8 @@ def main():
     print(f"{a.preset}, {a.accum_steps} x {a.batch_size} rows of {a.seq_len}, {a.precision}; {about['processor']}, {about['cores']} cores\n\n{'':32s} {'tokens/s':>10s} {'over one process':>17s}")
     for w, s in medians.items(): print(f"{names[w]:32s} {s:10.0f} {s/medians['one']:17.3f}")
     ratios = {f"{names[w]}, over one process": round(s/medians["one"], 4) for w, s in medians.items() if w != "one"}
-    result = dict(name="two_ranks", ratios=ratios, targets=TARGETS, met=bool(ratios["two ranks, DDP, over one process"] >= .9), machine=about, versions=versions())
-    if a.json:
-        os.makedirs(os.path.dirname(os.path.abspath(a.json)), exist_ok=True)
-        with open(a.json, "w") as f: json.dump(result | dict(tokens_per_second=speeds), f, indent=2)
-    print(json.dumps(result))
+    result = dict(name="two_ranks", ratios=ratios, targets=TARGETS, met=bool(ratios["two ranks, DDP, over one process"] >= .9), machine=about, versions=versions("torch"))
+    report(result, a.json, tokens_per_second=speeds)
 
 
 if __name__ == "__main__": main()

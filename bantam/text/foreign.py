@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..core import BantamError, read_json
 from .special import OWN
-from .vocab import BYTE_OF, spelled
+from .vocab import spelled
 
 # %% ../../nbs/1_text/10b_foreign.ipynb #83d68b7e
 def read_object(path:Path # A JSON file that may be missing
@@ -112,16 +112,19 @@ def is_foreign(spec:dict # The content of a `tokenizer.json`
 # %% ../../nbs/1_text/10b_foreign.ipynb #687a2788
 NUMBER = re.compile("<0x[0-9A-F]{2}>")
 
-def byte_table(tok:Tokenizer # Any vocabulary, its control tokens marked as special
+def byte_table(tok:Tokenizer, # Any vocabulary, its control tokens marked as special
+               spec:dict|None=None # The content of its `tokenizer.json`, where that is at hand
               )->list[bytes]: # By id; nothing for control tokens and for ids that nobody has
     "The bytes that each token stands for."
-    spec = json.loads(tok.to_str())
+    spec = spec or json.loads(tok.to_str())
     decoder,suffix = json.dumps(spec["decoder"]),spec["model"].get("end_of_word_suffix")
     by_letter,by_number = '"ByteLevel"' in decoder,'"ByteFallback"' in decoder
     added = {t["id"]: t for t in spec["added_tokens"]}
     def of(token, i):
         if i in added: return b"" if added[i]["special"] else token.encode()
-        if by_letter: return spelled(token) if BYTE_OF.keys() >= set(token) else token.encode()
+        if by_letter:
+            try: return spelled(token)
+            except KeyError: return token.encode()
         if by_number and NUMBER.fullmatch(token): return bytes([int(token[3:5], 16)])
         if tok.decoder is None: return f" {token}".encode()
         if suffix: return tok.decoder.decode([token, f"a{suffix}"])[:-1].encode()

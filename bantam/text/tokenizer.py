@@ -35,12 +35,13 @@ class BantamTokenizer:
                  chat_template:str|None=None, # Jinja text for programs that render by it
                  roles:dict|None=None # {"eos": token, ...} where it is foreign; None is bantam's
                 ):
-        if roles is None: check_spec(json.loads(tok.to_str()))
+        spec = json.loads(tok.to_str())
+        if roles is None: check_spec(spec)
         tok.encode_special_tokens = True
         tok.no_truncation(); tok.no_padding()
         self.tok,self.args,self.chat_template,self.roles = tok,dict(args or {}),chat_template,roles
         self.control = {t.content: i for i,t in tok.get_added_tokens_decoder().items() if t.special}
-        self.bytes_of = byte_table(tok)
+        self.bytes_of = byte_table(tok, spec)
         self.vocab_size,self.bare = len(self.bytes_of),starts_bare(tok, self.bytes_of)
         basic = {n: tok.token_to_id(t) for n,t in (roles or BASIC).items()}
         self.unk_id,self.pad_id,self.bos_id,self.eos_id = (basic[n] for n in BASIC)

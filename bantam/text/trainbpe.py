@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
 
 from ..core import BantamError
-from .feed import GB, WordCounter, feed
+from .feed import GB, VISIBLE, WordCounter, feed
 from .special import CONTROL_TOKENS
 from .template import ChatTemplate
 from .tokenizer import BantamTokenizer
@@ -162,7 +162,7 @@ def train_bpe(texts:Iterable, # Records, each a text or a list of texts; read on
     pattern = split_pattern(digit_group_size, prefill_numbers_upto, regex_symbols, no_regex)
 
     normalizer,cuts = rules(pattern, lowercase, strip_accents, without=known)
-    words = WordCounter(rb"\S+") if no_regex else WordCounter()
+    words = WordCounter(VISIBLE) if no_regex else WordCounter()
     learner = assemble({}, [], normalizer, cuts)
     def cut(text): return [p for p,_ in cuts.pre_tokenize_str(text)]
     stream = feed(texts, report, cut, words, max_bytes, total_bytes, memory)

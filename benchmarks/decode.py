@@ -3,7 +3,7 @@
     python benchmarks/decode.py [--quick] [--json FILE] [--threads 2] [--rounds 3] [--no-compile]
 
 - One prompt, 128 new tokens, greedy: bantam in bf16, compiled, in int8 (`bantam.decode.quantize`), against `transformers` `generate` in bf16 with the best of its caches (dynamic, static).
-- The first token of a prompt of 1000 tokens; a batch of 16 against a batch of 1; time per token of a rolling cache at the beginning and the end of a long text.
+- The first token of a prompt of 1000 tokens; a batch of 16 against a batch of 1; time per token of a rolling cache early in a long text and at its end, by turns.
 - Share of the memory bandwidth: bytes of the weights that a token reads, times tokens per second, over the speed of summing a large array.
 
 Both models have the same weights, and the first contender's tokens are compared in float32. Contenders take turns, round by round; a ratio is the median over rounds. The last line is one JSON object.
@@ -127,24 +127,23 @@ def batch(ours, new, rounds, rows=16):
     return statistics.median(rows*a/b for a, b in zip(times["one"], times["all"]))
 
 
-def rolling(tokens):
-    "Milliseconds per token and bytes of the cache, near the beginning and at the end of a long text."
+def rolling(tokens, few=40, rounds=5):
+    "Milliseconds per token and bytes of the cache, early in a long text and at its end: two readers of one text, who take turns."
     import torch
     from bantam import BantamConfig, BantamForCausalLM
     from bantam.decode.reader import Reader
     model = BantamForCausalLM(BantamConfig(**SHAPE | dict(vocab_size=4096), window=256, num_attention_sinks=4)).eval().to(torch.bfloat16)
-    ids, reader = torch.randint(100, 4096, (1, tokens), generator=torch.Generator().manual_seed(0)), Reader(model, torch.zeros(1, dtype=torch.long))
-    few, at = 200, {}
-    reader(ids[:, :400])
-    def stretch(stop):
-        times = [seconds(lambda: reader(ids[:, :t])) for t in range(stop - few, stop)]
-        at[stop] = dict(ms=statistics.median(times)*1e3, bytes=reader.cache.nbytes)
-    for t in range(401, 1001 - few): reader(ids[:, :t])
-    stretch(1001)
-    step = 64
-    for t in range(1001, tokens - few, step): reader(ids[:, :min(t + step, tokens - few) - 1])
-    stretch(tokens + 1)
-    return at
+    ids, begins = torch.randint(100, 4096, (1, tokens), generator=torch.Generator().manual_seed(0)), (1000, tokens)
+    readers, times = [Reader(model, torch.zeros(1, dtype=torch.long)) for _ in begins], [[] for _ in begins]
+    at = [b - few*rounds for b in begins]
+    for reader, stop in zip(readers, at):
+        for t in range(400, stop, 64): reader(ids[:, :t])
+        reader(ids[:, :stop])
+    for _ in range(rounds):
+        for i, reader in enumerate(readers):
+            times[i] += [seconds(lambda: reader(ids[:, :t])) for t in range(at[i] + 1, at[i] + few + 1)]
+            at[i] += few
+    return {b: dict(ms=statistics.median(t)*1e3, bytes=r.cache.nbytes) for b, t, r in zip(begins, times, readers)}
 
 
 def main():
@@ -188,13 +187,13 @@ def main():
             size = 1 if "int8" in n else 2
             print(f"  {n:26}{rate:10.1f}{rate/r['rates'][r['best_peer']]:8.2f}{rate*r['parameters']*size/speed:14.0%}")
     print(f"first token of 1000: {first['bantam']:.0f} ms, transformers {first['transformers']:.0f} ms; batch of 16: {ratios['batch of 16']:.1f} times one row")
-    print("rolling cache: " + "; ".join(f"{v['ms']:.2f} ms per token and {v['bytes']/1e6:.2f} MB at {n-1} tokens" for n, v in roll.items()))
+    print("rolling cache: " + "; ".join(f"{v['ms']:.2f} ms per token and {v['bytes']/1e6:.2f} MB at {n} tokens" for n, v in roll.items()))
     if lost: print(f"SmolLM2 on held-out stories: {lost['bits_per_byte']:.4f} bits per byte, int8 {lost['int8']:+.2%} (at most 1 %)")
     for n, why in missing.items(): print(f"missing: {n}: {why}")
     met = all(k in ratios and ratios[k] >= t for k, t in TARGETS.items()) and lost is not None and lost["int8"] <= .01
     result = dict(name="decode", ratios={k: round(v, 3) for k, v in ratios.items()}, targets=TARGETS, met=met,
                   machine=machine(threads=args.threads, bandwidth_gb=round(speed/1e9, 1)),
-                  versions=versions("torch", "transformers"), missing=missing, int8_cost=lost, rolling={n-1: v for n, v in roll.items()})
+                  versions=versions("torch", "transformers"), missing=missing, int8_cost=lost, rolling={n: v for n, v in roll.items()})
     report(result, args.json)
 
 

@@ -22,6 +22,7 @@ def whole(text:str # What a model or a tool wrote
     except ValueError: return None
     return said if isinstance(said, dict) else None
 
+# %% ../../nbs/7_chat/72b_parts.ipynb #33cb9b55
 def title_of(kind:str, # "call" or "result"
              text:str, # Its JSON
              width:int=60 # Longest title
@@ -29,16 +30,20 @@ def title_of(kind:str, # "call" or "result"
     "One line that stands for a folded part."
     said = whole(text)
     if said is None: line = f"tool {kind}"
-    elif kind == "result": line = f"error: {said['error']}" if "error" in said else f"result: {said.get('content')}"
+    elif kind == "result" and "error" in said: line = f"error: {said['error']}"
+    elif kind == "result": line = f"result: {said.get('content')}"
     else:
         given = said.get("arguments")
-        line = f"{said.get('name')}({', '.join(map(str, given.values())) if isinstance(given, dict) else ''})"
+        values = given.values() if isinstance(given, dict) else ()
+        line = f"{said.get('name')}({', '.join(map(str, values))})"
     line = " ".join(line.split())
     return line if len(line) <= width else line[:width-3] + "..."
 
 # %% ../../nbs/7_chat/72b_parts.ipynb #c4632e4c
-NAMES = dict(user="You", text="Answer", think="Thought", call="Tool call", result="Tool result", note="Note", error="Error", trace="Where it failed")
-DOING = dict(text="answering ...", think="thinking ...", call="calling a tool ...", result="reading the result ...", note="answering ...")
+NAMES = dict(user="You", text="Answer", think="Thought", call="Tool call", result="Tool result",
+             note="Note", error="Error", trace="Where it failed")
+DOING = dict(text="answering ...", think="thinking ...", call="calling a tool ...",
+             result="reading the result ...", note="answering ...")
 
 def part_html(kind:str, # One of `NAMES`
               text:str # What is in it; it stays text
@@ -92,16 +97,19 @@ class Part:
                 piece:Piece # The next that came
                )->bool:
         "Does the piece belong to this part?"
-        return self.kind == piece.kind and not (self.kind == "result" or self.kind == "call" and whole(self.text))
+        full = self.kind == "result" or self.kind == "call" and whole(self.text)
+        return self.kind == piece.kind and not full
 
 # %% ../../nbs/7_chat/72b_parts.ipynb #8d649205
 def said_in(message:dict # Of a conversation
            )->list: # of (kind, text)
     "The parts that a message of the history is shown as; a system turn has its own place."
     if message["role"] == "system": return []
-    if message["role"] == "tool": return [("result", json.dumps({k: v for k,v in message.items() if k != "role"}))]
+    if message["role"] == "tool":
+        return [("result", json.dumps({k: v for k,v in message.items() if k != "role"}))]
     content = "user" if message["role"] == "user" else "text",message.get("content")
-    said = [("think", message.get("thinking")), content, *(("call", json.dumps(c)) for c in message.get("tool_calls", []))]
+    calls = [("call", json.dumps(c)) for c in message.get("tool_calls", [])]
+    said = [("think", message.get("thinking")), content, *calls]
     return [(kind, text) for kind,text in said if text]
 
 def failure(error:BaseException # Why an answer could not go on

@@ -27,7 +27,8 @@ from .text.template import ChatTemplate
 from .text.tokenizer import BantamTokenizer
 from .text.trainbpe import train_bpe
 from .train.step import byte_lengths
-from .train.trainer import Samples, Trainer
+from .train.track import Samples
+from .train.trainer import Trainer
 from .tune.sft import sft_loader, show_start
 
 # %% ../nbs/98_demo.ipynb #bdfddd8c

@@ -23,7 +23,8 @@ from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from .checkpoint import collect, load_weights, newest_checkpoint, weights_folder
 from .distributed import Ranks
-from .trainer import Trainer, check_same_run
+from .interrupt import check_same_run
+from .trainer import Trainer
 
 # %% ../../nbs/4_train/45a_pretrain.ipynb #cf792146
 def records_of(args:TrainingArgs, # Names `dataset` and perhaps `valid_dataset`

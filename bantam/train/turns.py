@@ -29,9 +29,10 @@ from ..text.tokenizer import BantamTokenizer
 from .checkpoint import newest_checkpoint, weights_folder
 from .distributed import Ranks
 from .experts import alone, config_of, expert_file, is_split, join_experts, num_experts, on_demand, piece, routed, shapes_of, split_experts, write_parts
+from .interrupt import check_same_run
 from .pretrain import load_tokenizer, loaders
 from .step import measure
-from .trainer import Trainer, check_same_run
+from .trainer import Trainer
 
 # %% ../../nbs/4_train/48a_turns.ipynb #5ac3c971
 class OneExpert(MoE):

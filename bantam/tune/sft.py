@@ -20,8 +20,9 @@ from ..text.tokenizer import BantamTokenizer
 from ..runtime import seed_everything
 from ..train.checkpoint import newest_checkpoint
 from ..train.distributed import Ranks
+from ..train.interrupt import check_same_run
 from ..train.pretrain import build_model, load_tokenizer, records_of
-from ..train.trainer import Trainer, check_same_run
+from ..train.trainer import Trainer
 from .dialogue import MaskView, encode_dialogue, fitting, read_dialogue
 from .lora import AdaptedLM, adapt
 

@@ -7,7 +7,7 @@
 - loop over experts: at 4, 16 and 64 experts, a list of feed-forward parts; each masks, fetches, computes and adds its tokens (the way it is mostly written).
 - loop over tokens: the formula as it stands, token by token. It is so slow that it gets 64 tokens; speeds are per token.
 
-No capacity limit, so nobody is dropped and all do the same work. Each contender lives in a process of its own with the allocator settings that bantam makes for training; the processes take turns.
+Every step gets new tokens. No capacity limit, so nobody is dropped and all do the same work. Each contender lives in a process of its own with the allocator settings that bantam makes for training; the processes take turns.
 The last line is one JSON object.
 """
 import argparse, json, statistics, subprocess, sys, time
@@ -62,12 +62,12 @@ def contender(kind, experts, precision, s, device):
     device = torch.device(device)
     model, tokens = build(kind, experts, s).to(device), FEW if kind == "tokens" else s["tokens"]
     gen = torch.Generator().manual_seed(0)
-    x, d = (torch.randn(1, tokens, s["width"], generator=gen).to(device) for _ in range(2))
-    x.requires_grad_()
+    fresh = lambda: torch.randn(1, tokens, s["width"], generator=gen).to(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step():
-        model.zero_grad(); x.grad = None
+        model.zero_grad()
+        x, d = fresh().requires_grad_(), fresh() # as in training, blocks have other sizes at every step
         wait(); start = time.perf_counter()
         with autocast(device, precision): y = model(x)
         y = y[0] if kind == "bantam" else y

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from bantam import BantamConfig
 from bantam.core import BantamError
 from bantam.model.ffn import FFN_TYPES, FeedForward, inner
-from bantam.model.moe import MoE, make_ffn
+import bantam.model.moe as moe_room
+from bantam.model.moe import MoE, in_blocks, make_ffn
 from bantam.model.router import capacity, choose_experts, router_scores, within_capacity
 
 MANY = settings(max_examples=120, deadline=None, derandomize=True, database=None)
@@ -127,6 +128,27 @@ def test_expert_choice_keeps_its_counts(T, E, factor, k):
         w, want = weights(moe.train(training), x), min(T, k*capacity(T, E, factor or 1.))
         assert (w > 0).sum(1).unique().tolist() == [want]
         assert_close(moe(x)[0], torch.einsum("bte,bted->btd", w, all_experts(moe, x)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kw", [{}, dict(ffn_type="gelu"), dict(mlp_bias=True), dict(expert_type="switch"), dict(expert_type="dense_moe"), dict(expert_type="expert_choice"),
+                                dict(moe_capacity_factor=1.), dict(moe_bias_balancing=True)])
+def test_filled_blocks_change_nothing(kw, monkeypatch):
+    moe = build(moe_intermediate_size=16, **dict(moe_capacity_factor=None) | kw)
+    if moe.choice_bias is not None: moe.choice_bias[2] = -9. # nobody goes there
+    torch.manual_seed(1)
+    x, d, sizes = torch.randn(2, 333, 24, requires_grad=True), torch.randn(2, 333, 24), []
+    plain = in_blocks
+    monkeypatch.setattr(moe_room, "in_blocks", lambda *a: sizes.append((out := plain(*a))[1].diff(prepend=torch.zeros(1, dtype=torch.long))) or out)
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16): y, stats = moe(x)
+        return y.float(), *torch.autograd.grad(y, [x, *moe.parameters()], d.to(y.dtype), allow_unused=True, materialize_grads=True)
+    filled = run()
+    monkeypatch.setattr(moe_room, "ROWS", 1)
+    assert_close(filled, run(), atol=2e-2, rtol=2e-2)
+    assert (sizes[0] % 32 == 0).all() and sizes[0].tolist() == [-(-n // 32)*32 for n in sizes[1].tolist()] # each block, and none where nobody goes
+    monkeypatch.setattr(moe_room, "ROWS", 32)
+    moe(x)
+    assert sizes[2].tolist() == sizes[1].tolist() # products in 32 bits take blocks as they come
 
 
 @pytest.mark.parametrize("kind", ["dense_moe", "switch", "topk", "expert_choice"])

@@ -36,6 +36,7 @@ def groups(runs:list # Any runs, from `recipes.json`
     for r in runs: out.setdefault(setting(r), []).append(r)
     return out
 
+# %% ../../nbs/4_train/49a_recipes.ipynb #b90b421e
 class Comparison(NamedTuple):
     "An arm beside the base."
     choice:str # What was changed
@@ -48,23 +49,31 @@ class Comparison(NamedTuple):
     @property
     def verdict(self)->str: # `better`, `worse` or `undecided`
         "What the interval allows to say."
-        return "undecided" if abs(self.mean) <= self.half else "better" if self.mean < 0 else "worse"
+        if abs(self.mean) <= self.half: return "undecided"
+        return "better" if self.mean < 0 else "worse"
 
+# %% ../../nbs/4_train/49a_recipes.ipynb #9fb8900a
 def comparisons(runs:list # Of one task and budget, from `recipes.json`
                )->list: # One `Comparison` per arm, in the order of the runs
     "Every arm beside the base, paired by seed."
-    if len(groups(runs)) > 1: raise BantamError("these runs are of several tasks or budgets; compare each by itself")
+    if len(groups(runs)) > 1:
+        raise BantamError("these runs are of several tasks or budgets; compare each by itself")
     base,arms = {r["seed"]: r["loss"] for r in runs if r["choice"] == "base"},{}
     for r in runs:
         if r["choice"] == "base": continue
-        if r["seed"] not in base: raise BantamError(f"{r['choice']} {r['arm']}: seed {r['seed']} has no run of the base to compare with; run that first")
+        if r["seed"] not in base:
+            raise BantamError(f"{r['choice']} {r['arm']}: seed {r['seed']} has no run of the base to "
+                              "compare with; run that first")
         arms.setdefault((r["choice"], r["arm"]), []).append(r)
     out = []
     for (choice,arm),rs in arms.items():
         d = [r["loss"] - base[r["seed"]] for r in rs]
-        out.append(Comparison(choice, arm, statistics.mean(r["loss"] for r in rs), statistics.mean(d), half_width(d) if len(d) > 1 else math.inf, len(d)))
+        half = half_width(d) if len(d) > 1 else math.inf
+        loss = statistics.mean(r["loss"] for r in rs)
+        out.append(Comparison(choice, arm, loss, statistics.mean(d), half, len(d)))
     return out
 
+# %% ../../nbs/4_train/49a_recipes.ipynb #0fb4fb0b
 def table(runs:list # Of one task and budget
          )->str: # A line per arm
     "The comparisons as text."
@@ -72,5 +81,7 @@ def table(runs:list # Of one task and budget
     lines = [f"{'choice':14} {'arm':18} {'loss':>7} {'difference':>11} {'95 % interval':>20}  pairs  verdict",
              f"{'base':14} {'':18} {statistics.mean(base):7.3f} {'':>11} {'':>20}  {len(base):5}"]
     for c in comparisons(runs):
-        lines.append(f"{c.choice:14} {c.arm:18} {c.loss:7.3f} {c.mean:+11.3f} {f'{c.mean-c.half:+.3f} to {c.mean+c.half:+.3f}':>20}  {c.pairs:5}  {c.verdict}")
+        interval = f"{c.mean-c.half:+.3f} to {c.mean+c.half:+.3f}"
+        lines.append(f"{c.choice:14} {c.arm:18} {c.loss:7.3f} {c.mean:+11.3f} {interval:>20}  "
+                     f"{c.pairs:5}  {c.verdict}")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ def declared(path:Path, # A `.bin` file
                           f"{', '.join(DTYPES)}{nearest(str(dtype), DTYPES)}")
     return np.dtype(DTYPES[str(dtype)])
 
+# %% ../../nbs/2_data/21b_tokens.ipynb #2662a6f6
 def map_raw(path:Path, # A `.bin` file
             dtype:np.dtype, # Of one id
             skip_bytes:int=0 # Length of a header to leave out
@@ -43,6 +44,7 @@ def map_raw(path:Path, # A `.bin` file
                           f"it is cut off, or not {dtype.name}")
     return np.memmap(path, dtype, mode="r", offset=skip_bytes)
 
+# %% ../../nbs/2_data/21b_tokens.ipynb #336f35ab
 def map_npy(path:Path, # A `.npy` file
             dtype:str|None=None # What the caller says; the file knows better, so the two must agree
            )->np.ndarray: # (N,), mapped

@@ -73,7 +73,8 @@ def few_shapes(dtype:torch.dtype, # Of the products
                experts:int # E
               )->bool: # Is it worth filling blocks?
     "Where code is written for every shape, and the blocks are large enough."
-    written = dtype == torch.bfloat16 and visits.token_M.is_cpu and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling(): return False
+    written = dtype == torch.bfloat16 and visits.token_M.is_cpu
     return written and len(visits.token_M) >= 2*ROWS*experts
 
 # %% ../../nbs/3_model/37a_moe.ipynb #bfc2f108

@@ -126,7 +126,9 @@ def check_experts(c:BantamConfig # The one that is being built
     need(routed or c.moe_groups == 1, f"moe_groups are for tokens that choose experts, not for expert_type {c.expert_type}")
     need(routed or not c.moe_bias_balancing, f"moe_bias_balancing is for tokens that choose experts, not for expert_type {c.expert_type}")
 
-MOE_DEFAULTS = {f.name: f.default for f in dataclasses.fields(FeedForwardFields) if f.name == "num_experts" or f.name.startswith("moe_")}
+# %% ../nbs/01_config.ipynb #d75bc3cf
+MOE_DEFAULTS = {f.name: f.default for f in dataclasses.fields(FeedForwardFields)
+                if f.name == "num_experts" or f.name.startswith("moe_")}
 
 @patch
 def layer(self:BantamConfig,
@@ -138,6 +140,7 @@ def layer(self:BantamConfig,
     if not values["window"] and not values["sink_boost"]: values["num_attention_sinks"] = 0
     return BantamConfig(**values)
 
+# %% ../nbs/01_config.ipynb #98954e16
 @patch
 def check(self:BantamConfig)->None:
     "Refuse a shape that cannot be built, or a setting that nobody reads; the message names the field."

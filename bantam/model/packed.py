@@ -86,11 +86,12 @@ class Int8Linear(nn.Module):
                 x:Tensor # (..., D)
                )->Tensor: # (..., F)
         "The linear map."
-        rows,q,scale = x.reshape(-1, self.in_features),self.q,self.scale
-        if self.fits and rows.shape[0] <= FEW and packs(rows): y = torch._weight_int8pack_mm(rows, q, scale if scale.dtype == x.dtype else scale.to(x.dtype))
+        q,scale,bias = map(self._buffers.get, ("q", "scale", "bias")) # as attributes they would be looked for in three places each
+        rows = x.reshape(-1, self.in_features)
+        if self.fits and len(rows) <= FEW and packs(rows): y = torch._weight_int8pack_mm(rows, q, scale if scale.dtype == x.dtype else scale.to(x.dtype))
         elif x.dtype == torch.float16: y = F.linear(rows, self.weight.to(x.dtype)) # sums of whole numbers would leave its range
         else: y = F.linear(rows, q.to(x.dtype)).mul_(scale.to(x.dtype))
-        if self.bias is not None: y = y + self.bias.to(y.dtype)
+        if bias is not None: y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self,

@@ -83,7 +83,8 @@ def pretrain(config:Path|None=None, # Training file (training_args)
             )->None:
     "Train a model on text from the beginning, or go on with a run."
     from bantam.args import TrainingArgs
-    args,model_set = training(TrainingArgs, config, set, dataset=dataset, tokenizer=tokenizer, out_dir=out, resume_from_checkpoint=resume_from, device=device, seed=seed)
+    args,model_set = training(TrainingArgs, config, set, dataset=dataset, tokenizer=tokenizer, out_dir=out,
+                              resume_from_checkpoint=resume_from, device=device, seed=seed)
     shape = shape_of(mconf, preset, model_set)
     if print_config: return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict()))
     from bantam.train.doctor import Checkup
@@ -104,7 +105,8 @@ def continue_pretrain(model:Path, # A model folder, a checkpoint, or a run folde
                      )->None:
     "Train an existing model further on text, with a fresh schedule."
     from bantam.args import TrainingArgs
-    args,_ = training(TrainingArgs, config, set, dataset=dataset, out_dir=out, finetune_from=model, resume_from_checkpoint=resume_from, device=device, seed=seed)
+    args,_ = training(TrainingArgs, config, set, dataset=dataset, out_dir=out, finetune_from=model,
+                      resume_from_checkpoint=resume_from, device=device, seed=seed)
     if print_config: return show_yaml(dict(training_args=args.to_dict()))
     from bantam.train.doctor import Checkup
     from bantam.train.pretrain import pretrain
@@ -127,8 +129,9 @@ def sft(model:Path|None=None, # A base model: its folder, a checkpoint, or a run
        )->None:
     "Fine-tune a model on dialogues."
     from bantam.args import SFTArgs
-    args,_ = training(SFTArgs, config, set, dataset=dataset, stage=stage, sft_mode=mode, template=template, out_dir=out, finetune_from=model,
-                      resume_from_checkpoint=resume_from, device=device, seed=seed)
+    args,_ = training(SFTArgs, config, set, dataset=dataset, stage=stage, sft_mode=mode, template=template,
+                      out_dir=out, finetune_from=model, resume_from_checkpoint=resume_from, device=device,
+                      seed=seed)
     if print_config: return show_yaml(dict(sft_args=args.to_dict()))
     from bantam.train.doctor import Checkup
     from bantam.tune.stages import tune
@@ -137,8 +140,9 @@ def sft(model:Path|None=None, # A base model: its folder, a checkpoint, or a run
 def report(result:dict # What a run returned
           )->None:
     "The last lines of a run: where the model is, and the adapter where there is one."
+    if os.environ.get("RANK", "0") != "0": return # of several ranks, the first speaks
     for what in ("model", "adapter"):
-        if what in result and os.environ.get("RANK", "0") == "0": print(f"{what}: {result[what]}") # of several ranks, the first
+        if what in result: print(f"{what}: {result[what]}")
 
 # %% ../nbs/99_cli.ipynb #b30023b3
 @verb
@@ -152,15 +156,18 @@ def demo(out:Path=Path("runs/demo"), # Everything that the demo makes
          print_config:bool=False # Show the resolved settings and run nothing
         )->None:
     "Everything once: corpus, tokenizer, pre-training, fine-tuning, grading, a conversation."
-    # Waiting threads sleep: a step takes a third longer alone, and a third of the time beside another busy program (two cores).
+    # Waiting threads sleep: a step takes a third longer alone, and a third of the time beside another
+    # busy program (two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from bantam.demo import demo, resolve
     asked = resolve(corpus=corpus, text=text, minutes=minutes, steps=steps, seed=seed, overrides=set or [])
     if print_config: return show_yaml(asked)
-    demo(out, asked, partial(print, flush=True), shlex.join(TYPED) or None) # Flushed: a process that is killed shall have said it
+    # Flushed: a process that is killed shall have said it
+    demo(out, asked, partial(print, flush=True), shlex.join(TYPED) or None)
 
 # %% ../nbs/99_cli.ipynb #82a1e868
-ORDER = "trainbpe define init plan doctor pretrain continue-pretrain sft generate chat serve demo bench sweep".split() # As one meets them; others come after
+ORDER = """trainbpe define init plan doctor pretrain continue-pretrain sft generate chat serve demo
+           bench sweep""".split() # As one meets them; others come after
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name) if c.name in ORDER else len(ORDER))
 
 def main(argv:list|None=None # Words of the command line; None takes the program's own

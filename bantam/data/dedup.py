@@ -40,6 +40,7 @@ def mix(x_N:np.ndarray # (N,) uint64
         x_N = (x_N ^ (x_N >> np.uint64(33))) * np.uint64(factor)
     return x_N ^ (x_N >> np.uint64(33))
 
+# %% ../../nbs/2_data/23a_dedup.ipynb #84b97cf2
 @cache
 def powers(base:int, # P or its inverse
            bits:int # 2^bits of them
@@ -59,6 +60,7 @@ def hash_runs(x_N:np.ndarray, # (N,) uint64, a sequence
     np.cumsum(mix(x_N + np.uint64(P)) * powers(P, bits)[:len(x_N)], out=total[1:])
     return mix((total[end_M] - total[start_M]) * powers(P_INVERSE, bits)[start_M])
 
+# %% ../../nbs/2_data/23a_dedup.ipynb #89cbfa90
 def word_hashes(text:str # Any text
                )->np.ndarray: # (W,) uint64
     "A number for each word, whatever its case and whatever stands between."

@@ -55,18 +55,23 @@ def admit(headers:list, # Pairs of bytes, as ASGI gives them
          )->None:
     "Refuse who may not speak."
     given = {k.decode("latin-1").lower(): v.decode("latin-1") for k,v in headers}
-    hosts,origin,site = [v for k,v in headers if k.lower() == b"host"],given.get("origin"),given.get("sec-fetch-site")
+    hosts = [v for k,v in headers if k.lower() == b"host"]
     if len(hosts) != 1 or not ours(given["host"], local, names):
-        raise Refused(f"the host {given.get('host', '')!r:.100} is not this server: use localhost or an address, or start it with --allow-host", 403, code="wrong_host")
-    if origin is not None and origin.lower() not in (f"http://{given['host'].lower()}", f"https://{given['host'].lower()}"):
+        raise Refused(f"the host {given.get('host', '')!r:.100} is not this server: use localhost or an "
+                      "address, or start it with --allow-host", 403, code="wrong_host")
+    origin,site,home = given.get("origin"),given.get("sec-fetch-site"),given["host"].lower()
+    if origin is not None and origin.lower() not in (f"http://{home}", f"https://{home}"):
         raise Refused(f"requests of the origin {origin!r:.100} are not answered", 403, code="wrong_origin")
     if not path.startswith("/v1"): return
-    if site not in (None, "same-origin", "none"): raise Refused("requests of other sites are not answered", 403, code="wrong_origin")
+    if site not in (None, "same-origin", "none"):
+        raise Refused("requests of other sites are not answered", 403, code="wrong_origin")
     if token is None: return
     word,_,key = given.get("authorization", "").partition(" ")
     if word.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), token.encode()):
-        raise Refused("this server asks for a token: send 'Authorization: Bearer TOKEN'", 401, code="invalid_api_key")
+        raise Refused("this server asks for a token: send 'Authorization: Bearer TOKEN'", 401,
+                      code="invalid_api_key")
 
+# %% ../../nbs/7_chat/74e_server.ipynb #65a15d0e
 def refusal(e:Exception # A `BantamError`, most of them with a status
            )->Response:
     "An error as an HTTP answer."
@@ -74,6 +79,7 @@ def refusal(e:Exception # A `BantamError`, most of them with a status
     more = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}.get(status, {})
     return JSONResponse(body, status, more)
 
+# %% ../../nbs/7_chat/74e_server.ipynb #90d6eb9c
 class Guard:
     "Asks every request who it is, and dresses every answer."
     def __init__(self,
@@ -92,7 +98,8 @@ class Guard:
         async def dressed(message):
             if message["type"] == "http.response.start":
                 own = {k.lower() for k,_ in message["headers"]}
-                message["headers"] = [*message["headers"], *[(k.encode(), v.encode()) for k,v in HEADERS.items() if k.encode() not in own]]
+                more = [(k.encode(), v.encode()) for k,v in HEADERS.items() if k.encode() not in own]
+                message["headers"] = [*message["headers"], *more]
             await send(message)
         try: admit(scope["headers"], scope["path"], **self.how)
         except Refused as e: return await refusal(e)(scope, receive, dressed)

@@ -63,13 +63,11 @@ def admit(headers:list, # Pairs of bytes, as ASGI gives them
     if origin is not None and origin.lower() not in (f"http://{home}", f"https://{home}"):
         raise Refused(f"requests of the origin {origin!r:.100} are not answered", 403, code="wrong_origin")
     if not path.startswith("/v1"): return
-    if site not in (None, "same-origin", "none"):
-        raise Refused("requests of other sites are not answered", 403, code="wrong_origin")
+    if site not in (None, "same-origin", "none"): raise Refused("requests of other sites are not answered", 403, code="wrong_origin")
     if token is None: return
     word,_,key = given.get("authorization", "").partition(" ")
     if word.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), token.encode()):
-        raise Refused("this server asks for a token: send 'Authorization: Bearer TOKEN'", 401,
-                      code="invalid_api_key")
+        raise Refused("this server asks for a token: send 'Authorization: Bearer TOKEN'", 401, code="invalid_api_key")
 
 # %% ../../nbs/7_chat/74e_server.ipynb #65a15d0e
 def refusal(e:Exception # A `BantamError`, most of them with a status
@@ -98,8 +96,7 @@ class Guard:
         async def dressed(message):
             if message["type"] == "http.response.start":
                 own = {k.lower() for k,_ in message["headers"]}
-                more = [(k.encode(), v.encode()) for k,v in HEADERS.items() if k.encode() not in own]
-                message["headers"] = [*message["headers"], *more]
+                message["headers"] = [*message["headers"], *[(k.encode(), v.encode()) for k,v in HEADERS.items() if k.encode() not in own]]
             await send(message)
         try: admit(scope["headers"], scope["path"], **self.how)
         except Refused as e: return await refusal(e)(scope, receive, dressed)

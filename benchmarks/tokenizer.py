@@ -4,16 +4,19 @@
 
 Three comparisons, each in processes of their own (the number of threads belongs to a process), the contenders taking turns in it:
 
-- train: `train_bpe` on texts and `trainbpe` on a file, beside the trainer of `tokenizers` called without bantam: how many times as long.
-- encode: `BantamTokenizer.encode_batch` beside `encode_batch` (and `encode_batch_fast`) of the same Rust object without bantam, and `tiktoken`
-  with the same vocabulary, on one core and on two: how many times as fast. All ids must be equal.
+- train: `train_bpe` on texts and `trainbpe` on a file, beside the trainer of `tokenizers` called without bantam: how many times as long. What
+  bantam does once, after learning (it checks the vocabulary and tries every control token), is in its time, and shown as a row of its own.
+- encode: `BantamTokenizer.encode_batch` beside `encode_batch` of the same vocabulary in a Rust object without bantam, which is what its
+  documentation shows, and, reported only, beside `encode_batch_fast`, which skips the offsets as bantam does, and `tiktoken`; on one core and on
+  two: how many times as fast. All ids must be equal. The contenders take turns at every batch of 256 texts, in an order that changes, so that
+  what else the machine does meets all alike; seconds are the sum over all batches.
 - scratch: `BPE.train`, which is plain Python, on 130 KB and on 5 MB, as a part of what it may take. All merges must be those of `tokenizers`;
   in `train` they must be, too, where both get the same texts.
 
 The text is the sources of Python's standard library (their comments and documentation are English), and for the 130 KB the text of Python's
 own help pages; `--text` takes a file, or a folder of .txt files, instead. The last line is one JSON object.
 """
-import argparse, importlib.util, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, importlib.util, json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from _common import machine, report, versions
@@ -80,6 +83,22 @@ def turns(contenders, rounds):
     return times, gave
 
 
+def turns_in_batches(contenders, texts, rounds, size=256):
+    "The same for contenders that take a list of texts, with a turn of each at every batch; what they gave for all texts."
+    times, rng, names = {n: [] for n in contenders}, random.Random(0), list(contenders)
+    for _ in range(rounds):
+        gave, spent = {n: [] for n in contenders}, dict.fromkeys(contenders, 0.)
+        for k in range(0, len(texts), size):
+            rng.shuffle(names)
+            for n in names:
+                start = time.perf_counter()
+                found = contenders[n](texts[k:k+size])
+                spent[n] += time.perf_counter() - start
+                gave[n] += found
+        for n in names: times[n].append(spent[n])
+    return times, gave
+
+
 def bare(pattern=None):
     "A Rust tokenizer as its own documentation makes it, with bantam's pattern or GPT-2's."
     from tokenizers import Regex, Tokenizer
@@ -108,9 +127,13 @@ def time_train(texts, rounds, folder, vocab):
     def tokenizers_file(): tok = bare(split_pattern()); tok.train([str(file)], bare_trainer(size)); return merges_of(tok)
     def bantam_texts(): return merges_of(train_bpe(texts, vocab).tok)
     def bantam_file(): return merges_of(make_vocabulary(file, vocab_size=vocab).tok)
+    train_bpe(texts[:400], 1000) # imports and threads, untimed
     times, gave = turns(dict(bantam_texts=bantam_texts, tokenizers_texts=tokenizers_texts, bantam_file=bantam_file, tokenizers_file=tokenizers_file), rounds)
+    learned = train_bpe(texts, vocab)
+    once, _ = turns({"of which once, after learning": lambda: type(learned)(learned.tok)}, 5)
+    times |= once
     equal = gave["bantam_texts"] == gave["tokenizers_texts"] # a file is not compared: `tokenizers` cuts it at each line end, bantam does not
-    return dict(times=times, same=equal, unlike=["bantam_file", "tokenizers_file"], bytes=file.stat().st_size, tokens=len(gave["bantam_texts"]) + 334)
+    return dict(times=times, same=equal, unlike=["bantam_file", "tokenizers_file", *once], bytes=file.stat().st_size, tokens=len(gave["bantam_texts"]) + 334)
 
 
 def time_encode(texts, rounds, threads):
@@ -118,17 +141,17 @@ def time_encode(texts, rounds, threads):
     from bantam.text.tokenizer import BantamTokenizer
     from bantam.text.trainbpe import split_pattern
     ours, texts = BantamTokenizer.default(), paragraphs(texts)
-    raw = Tokenizer.from_str(ours.tok.to_str())
-    raw.encode_special_tokens = True
-    run = {"bantam": lambda: ours.encode_batch(texts), "tokenizers": lambda: [e.ids for e in raw.encode_batch(texts, add_special_tokens=False)],
-           "tokenizers, encode_batch_fast": lambda: [e.ids for e in raw.encode_batch_fast(texts, add_special_tokens=False)]}
+    raw, fast = (Tokenizer.from_str(ours.tok.to_str()) for _ in "12") # one each, because a tokenizer remembers words
+    raw.encode_special_tokens = fast.encode_special_tokens = True
+    run = {"bantam": ours.encode_batch, "tokenizers": lambda part: [e.ids for e in raw.encode_batch(part, add_special_tokens=False)],
+           "tokenizers, encode_batch_fast": lambda part: [e.ids for e in fast.encode_batch_fast(part, add_special_tokens=False)]}
     if importlib.util.find_spec("tiktoken"):
         import tiktoken
         ranks = {ours.token_bytes(i): i for i in range(ours.vocab_size) if ours.token_bytes(i)}
         tik = tiktoken.Encoding("bantam", pat_str=split_pattern(), mergeable_ranks=ranks, special_tokens={})
-        run["tiktoken"] = lambda: tik.encode_ordinary_batch(texts, num_threads=threads)
-    turns(run, 1) # wakes threads and caches, untimed
-    times, gave = turns(run, rounds)
+        run["tiktoken"] = lambda part: tik.encode_ordinary_batch(part, num_threads=threads)
+    turns_in_batches(run, texts, 1) # wakes threads and caches, untimed
+    times, gave = turns_in_batches(run, texts, rounds)
     return dict(times=times, same=all(g == gave["bantam"] for g in gave.values()), bytes=sum(len(t.encode()) for t in texts), tokens=sum(map(len, gave["bantam"])))
 
 

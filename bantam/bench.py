@@ -44,30 +44,36 @@ def bench_training(config:BantamConfig, # The shape
     "Train on noise as the trainer does."
     device = pick_device(args.device)
     tune_allocator(); reset_peak(device)
-    held,precision,batch,times = resident(),pick_precision(device, args.precision),random_batch(config, args),[]
+    held,times,precision = resident(),[],pick_precision(device, args.precision)
+    batch = random_batch(config, args)
     seed_everything(args.seed)
     model = BantamForCausalLM(config).to(device).train()
     model.gradient_checkpointing = args.use_gradient_checkpoint
     optimizer = build_optimizer(model, args)
     for _ in range(steps + 1):
         start = time.perf_counter()
-        take_step(optimizer, accumulate(model, [batch]*args.accum_steps, device, precision), 0., args.grad_clip)
+        loss = accumulate(model, [batch]*args.accum_steps, device, precision)
+        take_step(optimizer, loss, 0., args.grad_clip)
         times.append(time.perf_counter() - start)
     most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident(most=True)
     memory = most if device.type == "cuda" or most is None else most - held
-    return dict(tokens_per_second=batch.x_BT.numel()*args.accum_steps/statistics.median(times[1:]), memory=memory)
+    tokens = batch.x_BT.numel()*args.accum_steps
+    return dict(tokens_per_second=tokens/statistics.median(times[1:]), memory=memory)
 
+# %% ../nbs/97c_bench.ipynb #0733a9b9
 def bench_answer(config:BantamConfig, # The shape
                  args:TrainingArgs, # Gives device and seed
                  prompt:int=64, # Tokens that are read
                  new:int=32 # Tokens that are said
                 )->dict: # `first_ms`, `token_ms`
     "Time to the first token of an answer, and from token to token."
-    if prompt + new > config.max_position_embeddings: prompt,new = config.max_position_embeddings//2,config.max_position_embeddings//4
+    most = config.max_position_embeddings
+    if prompt + new > most: prompt,new = most//2,most//4
     device = pick_device(args.device)
     seed_everything(args.seed)
     model = BantamForCausalLM(config).to(device).eval()
-    ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, prompt), generator=rng).to(device)
     for _ in range(2): # the first one wakes threads and kernels
         stamps = [time.perf_counter()]
         for token in model.stream(ids, max_new_tokens=new, stop_ids=(), temperature=0.):
@@ -76,13 +82,15 @@ def bench_answer(config:BantamConfig, # The shape
     gaps = [b - a for a,b in zip(stamps, stamps[1:])]
     return dict(first_ms=1e3*gaps[0], token_ms=1e3*statistics.median(gaps[1:]))
 
+# %% ../nbs/97c_bench.ipynb #7c42e2d6
 def bench_tokenizer(tokenizer, # A `BantamTokenizer`
                     seconds:float=.5 # How long, at least
                    )->dict: # `bytes_per_second`, `tokens_per_second`
     "Encode a text again and again."
     text = "The quick brown fox jumps over 13 lazy dogs; naturally, nobody had asked them. " * 200
     start,n,size = time.perf_counter(),0,len(text.encode())
-    while (took := time.perf_counter() - start) < seconds or n == 0: tokens = len(tokenizer.encode(text)); n += 1
+    while (took := time.perf_counter() - start) < seconds or n == 0:
+        tokens,n = len(tokenizer.encode(text)),n + 1
     return dict(bytes_per_second=n*size/took, tokens_per_second=n*tokens/took)
 
 # %% ../nbs/97c_bench.ipynb #87ef498c

@@ -41,20 +41,22 @@ def resolve(corpus:str|None=None, # offline (the default), stdlib, shakespeare, 
            )->dict: # What was asked, checked and ready for JSON
     "Check the few words that describe a demo."
     if corpus and text: raise BantamError("--corpus and --text contradict each other; name one")
-    if corpus and corpus not in CORPORA: raise BantamError(f"corpus '{corpus}' is unknown{nearest(corpus, CORPORA)}; there are {', '.join(CORPORA)}")
+    if corpus and corpus not in CORPORA:
+        raise BantamError(f"corpus '{corpus}' is unknown{nearest(corpus, CORPORA)}; there are {', '.join(CORPORA)}")
     if text and not Path(text).exists(): raise BantamError(f"{text} does not exist; check the path")
     if minutes and steps: raise BantamError("--minutes and --steps contradict each other; give one")
     if minutes is not None and not minutes >= 1: raise BantamError(f"minutes must be at least 1, got {minutes}")
     if steps is not None and steps < 1: raise BantamError(f"steps must be at least 1, got {steps}")
     asked = dict(corpus=None if text else corpus or "offline", text=str(Path(text).absolute()) if text else None,
                  minutes=None if steps else float(minutes or MINUTES), steps=steps, seed=seed)
-    sections = apply_overrides({}, overrides)
+    sections,known = apply_overrides({}, overrides),["training_args", "sft_args", "bantam_config"]
     for s in sections:
-        if s not in ("training_args", "sft_args", "bantam_config"): raise BantamError(f"--set {s}: unknown section{nearest(s, ['training_args', 'sft_args', 'bantam_config'])}")
+        if s not in known: raise BantamError(f"--set {s}: unknown section{nearest(s, known)}")
     asked["set"] = sections
     plan(asked, 1, 1, "fp32", vocab_size=1024) # every override is checked before anything is made
     return asked
 
+# %% ../nbs/97a_recipe.ipynb #7092203d
 def plan(asked:dict, # From `resolve`
          steps:int, # Of pre-training
          sft_steps:int, # Of fine-tuning
@@ -68,7 +70,8 @@ def plan(asked:dict, # From `resolve`
     base = TRAIN | dict(seed=asked["seed"], precision=precision) | change.get("training_args", {})
     base |= dict(seq_len=min(base["seq_len"], config.max_position_embeddings))
     every = dict(eval_every_n=max(1, steps//12), save_every_n=max(1, steps//12), sample_every_n=max(1, steps//4))
-    tune = base | dict(sample_every_n=0, eval_every_n=max(1, sft_steps//4), save_every_n=max(1, sft_steps//4)) | TUNE | change.get("sft_args", {})
+    quarter = max(1, sft_steps//4)
+    tune = base | dict(sample_every_n=0, eval_every_n=quarter, save_every_n=quarter) | TUNE | change.get("sft_args", {})
     return (config, TrainingArgs(**every | base | dict(max_steps=steps, out_dir=str(Path(out)/"base"))),
             SFTArgs(**tune | dict(max_steps=sft_steps, out_dir=str(Path(out)/"sft"))))
 
@@ -101,6 +104,7 @@ def step_seconds(config:BantamConfig, # The model
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[warmups:])
 
+# %% ../nbs/97a_recipe.ipynb #06c45dc1
 def decide(out:Path, # The demo's folder
            asked:dict, # From `resolve`
            tok:BantamTokenizer, # Its tokenizer
@@ -119,7 +123,7 @@ def decide(out:Path, # The demo's folder
         precision = min(took, key=took.get)
         say("a step takes " + ", ".join(f"{1000*s:.0f} ms in {p}" for p,s in took.items()) + f"; using {precision}")
         left = 60*(asked["minutes"] or 0) - spent - RESERVE
-        steps = steps or max(20, int(left*(1-SFT_SHARE)/took[precision]/1.08)) # 8 % for evaluations, checkpoints and samples
+        steps = steps or max(20, int(left*(1-SFT_SHARE)/took[precision]/1.08))
     return dict(steps=steps, sft_steps=max(2, round(steps*SFT_SHARE/(1-SFT_SHARE))), precision=precision)
 
 # %% ../nbs/97a_recipe.ipynb #fbdb9d49

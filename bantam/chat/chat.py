@@ -63,25 +63,20 @@ class BantamChat:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise BantamError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
                               f"{model.config.vocab_size}: they do not belong together")
-        if max_tool_iterations < 0: raise BantamError(f"max_tool_iterations must be 0 or more, got {max_tool_iterations}")
+        if max_tool_iterations < 0:
+            raise BantamError(f"max_tool_iterations must be 0 or more, got {max_tool_iterations}")
         self.model,self.tokenizer,self.seed,self.on_drop = model,tokenizer,seed,on_drop
-        self.template = ChatTemplate.named(template) if isinstance(template, str) else template or ChatTemplate.of(tokenizer)
+        named = ChatTemplate.named(template) if isinstance(template, str) else template
+        self.template = named or ChatTemplate.of(tokenizer)
         self.stop_ids = self.template.stop_ids(tokenizer)
         self.tools = tools if isinstance(tools, ToolBox) else ToolBox(tools)
-        self.max_tool_iterations,self.show_thinking,self.constrain = max_tool_iterations,show_thinking,constrain
+        self.max_tool_iterations,self.show_thinking = max_tool_iterations,show_thinking
+        self.constrain = constrain
         plain = dict(repetition_penalty=1., no_repeat_ngram_size=0) if len(self.tools) else {}
         self.generation = generation or GenerationArgs(**plain)
         if len(self.tools) or constrain: self._check_tools()
         self.reset()
         if system is not None: self.system = system
-
-    def _check_tools(self):
-        "What would fail in the middle of a talk is refused now."
-        if not len(self.tools): raise BantamError("constrain holds the calls of tools to their form, and there are no tools")
-        if self.constrain: self._call_form(self.generation)
-        call = dict(name="x", arguments={}, id="1")
-        self.prompt([dict(role="user", content="x"), dict(role="assistant", content="", tool_calls=[call]),
-                     dict(role="tool", id="1", content="x")])
 
     @classmethod
     def from_pretrained(cls,
@@ -91,11 +86,23 @@ class BantamChat:
                         **options # Those of `BantamChat`
                        ):
         "A chat with the model in `folder`, with the model's own defaults; an adapter is merged into its base."
-        if base is not None and not is_adapter(folder): raise BantamError(f"{folder} is no adapter, so it has no base")
-        model = from_adapter(folder, base) if is_adapter(folder) else BantamForCausalLM.from_pretrained(folder)
+        adapted = is_adapter(folder)
+        if base is not None and not adapted: raise BantamError(f"{folder} is no adapter, so it has no base")
+        model = from_adapter(folder, base) if adapted else BantamForCausalLM.from_pretrained(folder)
         model = model.to(pick_device(device))
         options.setdefault("generation", GenerationArgs.load(folder))
         return cls(model, BantamTokenizer.load(folder), **options)
+
+# %% ../../nbs/7_chat/72_chat.ipynb #bb86e9b0
+@patch
+def _check_tools(self:BantamChat):
+    "Try what a call will need."
+    if not len(self.tools):
+        raise BantamError("constrain holds the calls of tools to their form, and there are no tools")
+    if self.constrain: self._call_form(self.generation)
+    call = dict(name="x", arguments={}, id="1")
+    self.prompt([dict(role="user", content="x"), dict(role="assistant", content="", tool_calls=[call]),
+                 dict(role="tool", id="1", content="x")])
 
 # %% ../../nbs/7_chat/72_chat.ipynb #eaab11e6
 @patch
@@ -199,6 +206,7 @@ def answer(self:BantamChat,
         message[key] = f"{text} [cut: the context is full]"
     return message
 
+# %% ../../nbs/7_chat/72_chat.ipynb #0b5c4768
 @patch
 def _exchange(self:BantamChat, asked, begun, args):
     "The pieces of all answers up to the last; keeps the books when it ends, however it ends."

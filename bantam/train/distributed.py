@@ -166,6 +166,7 @@ def barrier(self:Ranks)->None:
     "Wait until all ranks are here."
     self.sum_(torch.zeros(1))
 
+# %% ../../nbs/4_train/43_distributed.ipynb #88ca269f
 @patch
 def tell(self:Ranks,
          obj=None, # What the speaker says, anything that JSON can write; ignored on others
@@ -208,6 +209,7 @@ def alone(self:Ranks,
             raise
     return self.verdict(self.tell(said))
 
+# %% ../../nbs/4_train/43_distributed.ipynb #1d74d9fd
 @patch
 def verdict(self:Ranks,
             said:dict # What the main rank told: `value`, or `failed`

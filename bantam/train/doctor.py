@@ -63,6 +63,7 @@ class Verdict:
     def __str__(self)->str: # The line
         return f"{self.level:8s} {self.check:12s} {self.says}" + (f"; {self.do}" if self.do else "")
 
+# %% ../../nbs/4_train/47_doctor.ipynb #30aa6f75
 @dataclass
 class Patient:
     "All that a check may look at."
@@ -85,13 +86,17 @@ class Patient:
               length:int=10**9 # And so many tokens of each
              )->Batch: # On the model's device
         "A piece of the first batch that has a target."
+        def of(batch, part): return Batch(*(None if v is None else part(v) for v in batch))
         for i in range(8):
-            batch = Batch(*(None if v is None else v[:,:length] for v in self.loader.batch(self.position + i)))
-            full = batch.y_BT.ge(0) if batch.loss_weights is None else (batch.loss_weights*batch.y_BT.ge(0)).gt(0)
+            batch = of(self.loader.batch(self.position + i), lambda v: v[:,:length])
+            full = batch.y_BT.ge(0)
+            if batch.loss_weights is not None: full = (batch.loss_weights*full).gt(0)
             keep = full.any(1).nonzero().flatten()[:rows]
-            if len(keep): return Batch(*(None if v is None else v[keep].contiguous() for v in batch)).to(self.device)
-        raise BantamError("no row of the first 8 batches has a target; look at them with `bantam-cli data preview`")
+            if len(keep): return of(batch, lambda v: v[keep].contiguous()).to(self.device)
+        raise BantamError("no row of the first 8 batches has a target; look at them with "
+                          "`bantam-cli data preview`")
 
+# %% ../../nbs/4_train/47_doctor.ipynb #a3d08bf1
 CHECKS:dict[str,tuple[Callable,bool]] = {} # {name: (function of a patient, is it fast?)}
 
 def check(name:str, # What the line is called

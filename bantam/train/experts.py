@@ -112,12 +112,14 @@ def is_split(folder # A model folder
     "Which of the two kinds of folder is this?"
     return (Path(folder)/"experts").is_dir()
 
+# %% ../../nbs/4_train/48_experts.ipynb #fb4dcadf
 def companions(folder:Path, # A model folder
                out:Path # Gets copies
               )->None:
     "Copy what is neither weights nor a part of a checkpoint."
     for p in Path(folder).iterdir():
-        if p.suffix == ".json" and not p.name.startswith(("training_", "optimizer", "manifest")): shutil.copy2(p, out/p.name)
+        ours = p.name.startswith(("training_", "optimizer", "manifest"))
+        if p.suffix == ".json" and not ours: shutil.copy2(p, out/p.name)
 
 def split_experts(folder, # A model folder with all weights in one file
                   out # The folder to make
@@ -128,12 +130,14 @@ def split_experts(folder, # A model folder with all weights in one file
     check_file(file)
     with new_folder(out) as tmp:
         companions(folder, tmp); (tmp/"experts").mkdir()
-        write_parts(tmp/"model.safetensors", {n: s for n,s in shapes.items() if not routed(n)}, lambda n: [piece(file, n)])
+        common = {n: s for n,s in shapes.items() if not routed(n)}
+        write_parts(tmp/"model.safetensors", common, lambda n: [piece(file, n)])
         for i in range(E):
             one = {n: (dtype, (1, *shape[1:])) for n,(dtype,shape) in shapes.items() if routed(n)}
             write_parts(expert_file(tmp, i), one, lambda n: [piece(file, n, i)])
     return Path(out)
 
+# %% ../../nbs/4_train/48_experts.ipynb #ac574e0b
 def join_experts(folder, # A folder with experts in files of their own
                  out # The folder to make; replaced when it is there
                 )->Path:
@@ -141,7 +145,8 @@ def join_experts(folder, # A folder with experts in files of their own
     folder = Path(folder)
     files = [expert_file(folder, i) for i in range(num_experts(config_of(folder)))]
     for p in [folder/"model.safetensors", *files]: check_file(p)
-    shapes = shapes_of(folder/"model.safetensors") | {n: (dtype, (len(files), *shape[1:])) for n,(dtype,shape) in shapes_of(files[0]).items()}
+    stacks = {n: (dtype, (len(files), *shape[1:])) for n,(dtype,shape) in shapes_of(files[0]).items()}
+    shapes = shapes_of(folder/"model.safetensors") | stacks
     parts = lambda name: (piece(p, name) for p in (files if routed(name) else [folder/"model.safetensors"]))
     with new_folder(out) as tmp:
         companions(folder, tmp)

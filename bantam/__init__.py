@@ -3,7 +3,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Public name -> (the module that defines it, rooms that add methods to it). Nothing is loaded before it is asked for.
+# Public name -> (the module that defines it, rooms that add methods to it). Nothing is loaded
+# before it is asked for.
 _PUBLIC = {
     "BantamError": ("bantam.core",),
     "BantamConfig": ("bantam.config", "bantam.presets", "bantam.model.account"),
@@ -12,7 +13,8 @@ _PUBLIC = {
     "SFTArgs": ("bantam.args",),
     "BantamTokenizer": ("bantam.text.tokenizer",),
     "ChatTemplate": ("bantam.text.template",),
-    "BantamForCausalLM": ("bantam.model.lm", "bantam.model.files", "bantam.model.account", "bantam.decode.generate"),
+    "BantamForCausalLM": ("bantam.model.lm", "bantam.model.files", "bantam.model.account",
+                          "bantam.decode.generate"),
     "Trainer": ("bantam.train.trainer",),
     "generate": ("bantam.decode.generate",),
     "stream": ("bantam.decode.generate",),

@@ -18,7 +18,8 @@ from pydantic.dataclasses import dataclass
 
 from .core import BantamError, nearest
 from .data_args import DataFields, HubFields
-from .settings import apply_overrides, between, from_section, load_settings, only_sections, positive, strict
+from .settings import (apply_overrides, between, from_section, load_settings, only_sections,
+                             positive, strict)
 
 # %% ../nbs/01a_args.ipynb #3e5bd030
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class LearnFields:
     accum_steps:int=32 # Micro-batches of an optimiser step
     epochs:int=3 # Passes over the data, unless `max_steps` is set
     max_steps:int|None=None # Optimiser steps
-    optimizer:Literal["muon", "adamw"]="muon" # Muon (Jordan, 2024) or AdamW (Loshchilov and Hutter, 2019)
+    # Muon (Jordan, 2024) or AdamW (Loshchilov and Hutter, 2019)
+    optimizer:Literal["muon", "adamw"]="muon"
     lr:float|None=None # Peak learning rate; None is 3e-4, and 5e-5 for fine-tuning
     weight_decay:float=0.1 # Per unit of learning rate, on matrices only
     beta1:float=0.9 # Memory of AdamW's mean
@@ -41,16 +43,23 @@ class LearnFields:
     muon_beta1:float|None=None # Memory of the mean in the AdamW beside Muon; None is `beta1`
     muon_beta2:float|None=None # Likewise of the mean square; None is `beta2`
     muon_eps:float=1e-7 # Matrices with a smaller gradient than this norm take a smaller step
-    muon_bias_correction:bool=False # Muon's momentum starts as an average of what it has seen, not of that and zero
-    muon_clip_by_layer:bool=False # `grad_clip` for each of Muon's matrices by itself, and for all the rest together
-    muon_lr_correction:bool=True # Muon's step is as long per weight as AdamW's; false takes Jordan's rule, with rates near 0.02
-    lr_scheduler:Literal["cosine", "linear", "constant", "wsd", "stages"]="cosine" # Shape of the learning rate after the warm-up
-    stages:list[dict[str, int|float]]|None=None # Of `lr_scheduler: stages`: steps up to `until` take `lr_scale` times the rate
+    # Muon's momentum starts as an average of what it has seen, not of that and zero
+    muon_bias_correction:bool=False
+    # `grad_clip` for each of Muon's matrices by itself, and for all the rest together
+    muon_clip_by_layer:bool=False
+    # Muon's step is as long per weight as AdamW's; false takes Jordan's rule, with rates near 0.02
+    muon_lr_correction:bool=True
+    # Shape of the learning rate after the warm-up
+    lr_scheduler:Literal["cosine", "linear", "constant", "wsd", "stages"]="cosine"
+    # Of `lr_scheduler: stages`: steps up to `until` take `lr_scale` times the rate
+    stages:list[dict[str, int|float]]|None=None
     warmup_frac:float=0.1 # Share of the steps in which the rate rises
     warmup_steps:int|None=None # The same in steps; wins
     min_lr_ratio:float=0.1 # Last rate over peak rate
-    dropout_anneal:dict[str, int|float]|None=None # Every dropout times a factor that goes from `start` to `end` in `steps`
-    ema_half_life:float|None=None # Average the weights, with this half-life in steps, and evaluate and keep the average
+    # Every dropout times a factor that goes from `start` to `end` in `steps`
+    dropout_anneal:dict[str, int|float]|None=None
+    # Average the weights, with this half-life in steps, and evaluate and keep the average
+    ema_half_life:float|None=None
 
 # %% ../nbs/01a_args.ipynb #7097fa1b
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +76,11 @@ class WatchFields:
     save_tag:str|None=None # Keep the last checkpoint under this name too, for good
     log_format:Literal["text", "json"]="text" # Lines on the console
     log_loss_to_csv:bool=True # Write `logs/loss.csv`
-    log_norms:bool=False # Write the size of weights and activations to `logs/norms.jsonl`, at every logged step
+    # Write the size of weights and activations to `logs/norms.jsonl`, at every logged step
+    log_norms:bool=False
     trackers:list[Literal["tensorboard", "wandb"]]|None=None # Show the run there as well
-    wandb:dict[str, str|bool|None]|None=None # Weights & Biases: `project`, `entity`, `artifacts` (true uploads checkpoints and tokenizer)
+    # Weights & Biases: `project`, `entity`, `artifacts` (true uploads checkpoints and tokenizer)
+    wandb:dict[str, str|bool|None]|None=None
     interruptible:bool=True # Ctrl+C and SIGTERM save a checkpoint and end cleanly
 
 # %% ../nbs/01a_args.ipynb #94e86ae1
@@ -77,20 +88,26 @@ class WatchFields:
 class TrainingArgs(WatchFields, LearnFields, HubFields, DataFields):
     "Arguments of a training run."
     out_dir:str|None=None # The run folder
-    init_from_checkpoint:str|None=None # Weights only; the model's shape may differ where tensors still fit
+    # Weights only; the model's shape may differ where tensors still fit
+    init_from_checkpoint:str|None=None
     finetune_from:str|None=None # Weights, shape and tokenizer, with a fresh schedule
     resume_from_checkpoint:str|None=None # Everything: go on with an interrupted run
     run_name:str|None=None # What the report calls the run; None takes the folder's name
     device:str="auto" # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
-    precision:Literal["auto", "bf16", "fp16", "fp32"]="auto" # Type of the matrix products; weights stay float32
-    parallel:Literal["ddp", "fsdp"]="ddp" # Several processes under torchrun: each holds the whole model, or a share of it
-    use_gradient_checkpoint:bool=False # Compute activations twice instead of keeping them: less memory, a third more time
+    # Type of the matrix products; weights stay float32
+    precision:Literal["auto", "bf16", "fp16", "fp32"]="auto"
+    # Several processes under torchrun: each holds the whole model, or a share of it
+    parallel:Literal["ddp", "fsdp"]="ddp"
+    # Compute activations twice instead of keeping them: less memory, a third more time
+    use_gradient_checkpoint:bool=False
     compile:Literal["auto", True, False]=False # Let PyTorch compile the model; `auto` does on a GPU
-    active_expert:int|None=None # Train what is shared and this expert only, with only it in memory; None is all (`bantam-cli experts train` takes them in turn)
+    # Train what is shared and this expert, alone in memory; None is all (see `experts train`)
+    active_expert:int|None=None
     seed:int=0 # Of the weights, the order of the data and every sample
 
 # %% ../nbs/01a_args.ipynb #6dce3cd5
-STAGE,ANNEAL,WANDB = ("until", "lr_scale"), ("start", "end", "steps"), ("project", "entity", "artifacts")
+STAGE,ANNEAL,WANDB = (("until", "lr_scale"), ("start", "end", "steps"),
+                      ("project", "entity", "artifacts"))
 
 def known_keys(what:str, # The field
                value:dict, # What it holds
@@ -99,29 +116,40 @@ def known_keys(what:str, # The field
               )->None:
     "Refuse a key that a field of several values does not know, and a missing one."
     for k in value:
-        if k not in known: raise BantamError(f"{what}: unknown key '{k}'{nearest(k, known)}; it holds {', '.join(known)}")
+        if k not in known:
+            raise BantamError(f"{what}: unknown key '{k}'{nearest(k, known)}; "
+                              f"it holds {', '.join(known)}")
     for k in needed:
-        if k not in value: raise BantamError(f"{what}: '{k}' is missing; it needs {', '.join(needed)}")
+        if k not in value:
+            raise BantamError(f"{what}: '{k}' is missing; it needs {', '.join(needed)}")
 
 @patch
 def check_learning(self:LearnFields)->None:
     "Refuse rates, counts and schedules that no run could follow."
-    positive(self, "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps", "muon_eps", "ema_half_life")
+    positive(self, "batch_size", "accum_steps", "epochs", "max_steps", "lr", "muon_lr", "optim_eps",
+             "muon_eps", "ema_half_life")
     between(self, 0, math.inf, "warmup_steps", "weight_decay", "grad_clip")
     between(self, 0, 1, "beta1", "beta2", "muon_momentum", "muon_beta1", "muon_beta2")
     for n in ("warmup_frac", "min_lr_ratio"):
-        if not 0 <= getattr(self, n) <= 1: raise BantamError(f"{n} must be from 0 to 1, got {getattr(self, n)}")
-    if (self.lr_scheduler == "stages") != bool(self.stages): raise BantamError("stages and lr_scheduler: stages belong together; give both or neither")
+        if not 0 <= getattr(self, n) <= 1:
+            raise BantamError(f"{n} must be from 0 to 1, got {getattr(self, n)}")
+    if (self.lr_scheduler == "stages") != bool(self.stages):
+        raise BantamError("stages and lr_scheduler: stages belong together; give both or neither")
     last = 0
     for s in self.stages or ():
         known_keys("stages", s, STAGE, STAGE)
-        if not (isinstance(s["until"], int) and s["until"] > last): raise BantamError(f"stages: 'until' counts steps and must grow, got {s['until']} after {last}")
-        if s["lr_scale"] < 0: raise BantamError(f"stages: 'lr_scale' must be 0 or more, got {s['lr_scale']}")
+        if not (isinstance(s["until"], int) and s["until"] > last):
+            raise BantamError("stages: 'until' counts steps and must grow, "
+                              f"got {s['until']} after {last}")
+        if s["lr_scale"] < 0:
+            raise BantamError(f"stages: 'lr_scale' must be 0 or more, got {s['lr_scale']}")
         last = s["until"]
     if self.dropout_anneal is not None:
         known_keys("dropout_anneal", a := self.dropout_anneal, ANNEAL, ANNEAL)
-        if not (0 <= a["start"] <= 1 and 0 <= a["end"] <= 1 and isinstance(a["steps"], int) and a["steps"] > 0):
-            raise BantamError(f"dropout_anneal: 'start' and 'end' are factors from 0 to 1, 'steps' counts steps; got {a}")
+        if not (0 <= a["start"] <= 1 and 0 <= a["end"] <= 1 and isinstance(a["steps"], int)
+                and a["steps"] > 0):
+            raise BantamError("dropout_anneal: 'start' and 'end' are factors from 0 to 1, "
+                              f"'steps' counts steps; got {a}")
 
 # %% ../nbs/01a_args.ipynb #fa6dad45
 @patch
@@ -131,9 +159,12 @@ def check_watching(self:WatchFields)->None:
     between(self, 0, math.inf, "eval_every_n", "sample_every_n", "save_every_n", "improve_delta")
     if self.wandb is not None:
         known_keys("wandb", self.wandb, WANDB)
-        if "wandb" not in (self.trackers or ()): raise BantamError("wandb is set, but trackers does not name it; add it: trackers: [wandb]")
+        if "wandb" not in (self.trackers or ()):
+            raise BantamError("wandb is set, but trackers does not name it; add it: trackers: "
+                              "[wandb]")
     if self.save_tag is not None and not re.fullmatch(r"\w[\w.-]*", self.save_tag):
-        raise BantamError(f"save_tag {self.save_tag!r} must be a plain name: letters, digits, '_', '-', '.'")
+        raise BantamError(f"save_tag {self.save_tag!r} must be a plain name: letters, digits, '_', "
+                          "'-', '.'")
 
 @patch
 def check(self:TrainingArgs)->None:
@@ -141,9 +172,13 @@ def check(self:TrainingArgs)->None:
     self.check_data(); self.check_hub(); self.check_learning(); self.check_watching()
     between(self, 0, 2**32, "seed")
     between(self, 0, math.inf, "active_expert")
-    if self.compile is True and self.dropout_anneal: raise BantamError("dropout_anneal and compile contradict each other: a compiled rate is a constant; leave one out")
-    starts = [n for n in ("init_from_checkpoint", "finetune_from", "resume_from_checkpoint") if getattr(self, n)]
-    if len(starts) > 1: raise BantamError(f"{' and '.join(starts)} contradict each other; a run has one beginning")
+    if self.compile is True and self.dropout_anneal:
+        raise BantamError("dropout_anneal and compile contradict each other: "
+                          "a compiled rate is a constant; leave one out")
+    starts = [n for n in ("init_from_checkpoint", "finetune_from",
+                          "resume_from_checkpoint") if getattr(self, n)]
+    if len(starts) > 1:
+        raise BantamError(f"{' and '.join(starts)} contradict each other; a run has one beginning")
 
 @patch
 def peak_lr(self:LearnFields)->float: # Learning rate at the end of the warm-up
@@ -154,20 +189,28 @@ def peak_lr(self:LearnFields)->float: # Learning rate at the end of the warm-up
 @strict
 class SFTArgs(TrainingArgs):
     "Arguments of supervised fine-tuning on dialogues."
-    sft_mode:Literal["lora", "full"]="lora" # Train thin matrices beside frozen ones (LoRA), or every weight
+    # Train thin matrices beside frozen ones (LoRA), or every weight
+    sft_mode:Literal["lora", "full"]="lora"
     lora_r:int=64 # Rank of an adapter
     lora_alpha:float=96 # An adapter counts `lora_alpha / lora_r` times
     lora_dropout:float=0.05 # On the input of an adapter
-    lora_target_modules:list[str]|None=None # Layers that get one, such as `qkv_proj`; None is all in the blocks
-    lora_train_tokens:bool=True # Train the rows of the template's control tokens in the word table too
-    stage:Literal["instruct", "tools", "reasoning"]|None=None # Which kind of dialogues is taken and made of the records; None takes them as they are
+    # Layers that get one, such as `qkv_proj`; None is all in the blocks
+    lora_target_modules:list[str]|None=None
+    # Train the rows of the template's control tokens in the word table too
+    lora_train_tokens:bool=True
+    # Which kind of dialogues is taken and made of the records; None takes them as they are
+    stage:Literal["instruct", "tools", "reasoning"]|None=None
     stage_limit:int|None=None # Most dialogues of a stage; None is 50,000, 40,000 or 20,000
-    template:str="bantam" # How turns become tokens: bantam, chatml, llama3, gemma, alpaca, raw, or a YAML file of your own
-    schema:Literal["auto", "messages", "prompt", "instruction"]="auto" # Form of the records; `auto` looks at each
-    truncation:Literal["turn", "token"]="turn" # Too long: drop whole oldest exchanges, or cut tokens
+    # How turns become tokens: bantam, chatml, llama3, gemma, alpaca, raw, or your YAML file
+    template:str="bantam"
+    # Form of the records; `auto` looks at each
+    schema:Literal["auto", "messages", "prompt", "instruction"]="auto"
+    # Too long: drop whole oldest exchanges, or cut tokens
+    truncation:Literal["turn", "token"]="turn"
     mask_user_queries:bool=True # Only answers are targets
     last_turn_only:bool=False # Only the last answer is a target
-    include_agent_end:bool=True # The token that closes an answer is a target, so that the model learns to stop
+    # The token that closes an answer is a target, so that the model learns to stop
+    include_agent_end:bool=True
     include_eos:bool=False # Append EOS, as a target
     packing:bool=True # Several dialogues share a row, without seeing each other
 
@@ -176,8 +219,10 @@ def check(self:SFTArgs)->None:
     "Refuse what no fine-tuning could follow, on top of what no run could."
     TrainingArgs.check(self)
     positive(self, "lora_r", "lora_alpha", "stage_limit")
-    if not 0 <= self.lora_dropout < 1: raise BantamError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
-    if self.stage_limit and not self.stage: raise BantamError("stage_limit is set and stage is not; name the stage that it limits")
+    if not 0 <= self.lora_dropout < 1:
+        raise BantamError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+    if self.stage_limit and not self.stage:
+        raise BantamError("stage_limit is set and stage is not; name the stage that it limits")
 
 @patch
 def peak_lr(self:SFTArgs)->float: # Learning rate at the end of the warm-up
@@ -185,22 +230,28 @@ def peak_lr(self:SFTArgs)->float: # Learning rate at the end of the warm-up
     return 5e-5 if self.lr is None else self.lr
 
 # %% ../nbs/01a_args.ipynb #c239685d
-PATHS = ("dataset", "valid_dataset", "tokenizer", "out_dir", "init_from_checkpoint", "finetune_from", "resume_from_checkpoint", "template")
-NAMES = ("bantam", "chatml", "llama3", "gemma", "alpaca", "raw", "default", "offline", "stdlib", "shakespeare", "chitchat") # Values that are names, not paths
+PATHS = ("dataset", "valid_dataset", "tokenizer", "out_dir", "init_from_checkpoint",
+         "finetune_from", "resume_from_checkpoint", "template")
+# Values that are names, not paths
+NAMES = ("bantam", "chatml", "llama3", "gemma", "alpaca", "raw", "default", "offline", "stdlib",
+         "shakespeare", "chitchat")
 
 def resolve_paths(values:dict, # A section of a training file
                   folder:Path # Where relative paths start
                  )->dict: # A changed copy
     "Make the paths of a section independent of the working directory."
-    def one(v): return v if not isinstance(v, str) or v in NAMES else str(folder/Path(v).expanduser())
-    return values | {k: [one(x) for x in v] if isinstance(v, list) else one(v) for k,v in values.items() if k in PATHS}
+    def one(v):
+        return v if not isinstance(v, str) or v in NAMES else str(folder/Path(v).expanduser())
+    return values | {k: [one(x) for x in v] if isinstance(v, list) else one(v)
+                     for k,v in values.items() if k in PATHS}
 
 @patch(cls_method=True)
 def from_yaml(cls:TrainingArgs,
               path, # A file with `seed`, `training_args` and perhaps `sft_args`
               overrides=() # Texts `training_args.key=value`
              ):
-    "The arguments that a training file gives; `SFTArgs.from_yaml` lays `sft_args` over `training_args`."
+    """The arguments that a training file gives; `SFTArgs.from_yaml` lays `sft_args` over
+    `training_args`."""
     data,lines = load_settings(path)
     sections = [s for s in ("training_args", "sft_args") if isinstance(data.get(s), dict)]
     data = data | {s: resolve_paths(data[s], Path(path).absolute().parent) for s in sections}
@@ -210,14 +261,18 @@ def from_yaml(cls:TrainingArgs,
     values,where = dict(seed=data["seed"]) if "seed" in data else {},{}
     for s in ("training_args", "sft_args") if issubclass(cls, SFTArgs) else ("training_args",):
         part = data.get(s) or {}
-        if not isinstance(part, dict): raise BantamError(f"{path}: '{s}' must hold `key: value` pairs")
-        if "adam_eps" in part and "optim_eps" not in own & part.keys(): part = {("optim_eps" if k == "adam_eps" else k): v for k,v in part.items()}
-        if not issubclass(cls, SFTArgs): part = {k: v for k,v in part.items() if k in own or k not in SFT_ONLY}
+        if not isinstance(part, dict):
+            raise BantamError(f"{path}: '{s}' must hold `key: value` pairs")
+        if "adam_eps" in part and "optim_eps" not in own & part.keys():
+            part = {("optim_eps" if k == "adam_eps" else k): v for k,v in part.items()}
+        if not issubclass(cls, SFTArgs):
+            part = {k: v for k,v in part.items() if k in own or k not in SFT_ONLY}
         values |= part
         where |= {f"args.{k[len(s)+1:]}": n for k,n in lines.items() if k.startswith(f"{s}.")}
     return from_section(cls, values, "args", path, where)
 
-SFT_ONLY = {f.name for f in dataclasses.fields(SFTArgs)} - {f.name for f in dataclasses.fields(TrainingArgs)}
+SFT_ONLY = {f.name for f in dataclasses.fields(SFTArgs)} - {
+    f.name for f in dataclasses.fields(TrainingArgs)}
 
 @patch
 def to_dict(self:TrainingArgs)->dict: # Every field, ready for JSON

@@ -25,7 +25,9 @@ from .train.step import accumulate, take_step
 def resident(most:bool=False # The most since the last reset, instead of now
             )->int|None: # Bytes; None where the system does not say
     "Memory of this process. Linux, `/proc/self/status`."
-    try: return next(int(line.split()[1])*1024 for line in open("/proc/self/status") if line.startswith("VmHWM" if most else "VmRSS"))
+    try:
+        return next(int(line.split()[1])*1024 for line in open("/proc/self/status")
+                    if line.startswith("VmHWM" if most else "VmRSS"))
     except (OSError, StopIteration): return None
 
 def reset_peak(device:torch.device # Whose counter
@@ -101,16 +103,19 @@ def bench(config:BantamConfig, # The shape
          )->list: # Rows `(what, measured, unit, planned)`; None where nobody knows
     "Measure training, answers and tokenizer; what the plan had said stands beside it."
     if steps < 1: raise BantamError(f"steps must be at least 1, got {steps}")
-    trained = bench_training(config, args, steps) # first: the memory of a process that has done nothing else
+    # first: the memory of a process that has done nothing else
+    trained = bench_training(config, args, steps)
     said = plan(config, args, speed=True)
     need = sum(v for v in said.memory.values())
     rows = [("training", trained["tokens_per_second"], "tokens/s", said.speed),
             ("training, memory", trained["memory"] and trained["memory"]/2**20, "MB", need/2**20)]
     answered = bench_answer(config, args)
-    rows += [("first token of an answer", answered["first_ms"], "ms", None), ("each further token", answered["token_ms"], "ms", None)]
+    rows += [("first token of an answer", answered["first_ms"], "ms", None),
+             ("each further token", answered["token_ms"], "ms", None)]
     if tokenizer is None: return rows
     read = bench_tokenizer(tokenizer)
-    return rows + [("tokenizer", read["bytes_per_second"]/1e6, "MB/s", None), ("", read["tokens_per_second"], "tokens/s", None)]
+    return rows + [("tokenizer", read["bytes_per_second"]/1e6, "MB/s", None),
+                   ("", read["tokens_per_second"], "tokens/s", None)]
 
 def bench_table(rows:list # From `bench`
                )->str: # A line per measurement
@@ -118,4 +123,6 @@ def bench_table(rows:list # From `bench`
     number = lambda v: "" if v is None else human(v)
     off = lambda m, p: f"{p/m - 1:+.0%}" if m and p else ""
     lines = [f"{'':26s}{'measured':>10s} {'':9s}{'planned':>9s}{'off':>7s}"]
-    return "\n".join(lines + [f"{what:26s}{number(m):>10s} {unit:9s}{number(p):>9s}{off(m, p):>7s}".rstrip() for what,m,unit,p in rows])
+    return "\n".join(
+        lines + [f"{what:26s}{number(m):>10s} {unit:9s}{number(p):>9s}{off(m, p):>7s}".rstrip()
+                 for what,m,unit,p in rows])

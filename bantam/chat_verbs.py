@@ -31,7 +31,9 @@ def tools_named(names:list|None, # Of `TOOLS`
         elif name == "browse":
             from bantam.chat.browser import browser_tool
             t = browser_tool(allow or [])
-        else: raise BantamError(f"there is no tool {name!r}{nearest(name, TOOLS)}; there are: {', '.join(TOOLS)}")
+        else:
+            raise BantamError(f"there is no tool {name!r}{nearest(name, TOOLS)}; there are: "
+                              f"{', '.join(TOOLS)}")
         made.append(t)
     for option,value,name in (("--search-url", search_url, "search"), ("--allow", allow, "browse")):
         if value and name not in [t.name for t in made]:
@@ -56,11 +58,15 @@ def terminal()->tuple: # What `chat_loop` reads with and writes with
 # %% ../nbs/98e_chat_verbs.ipynb #22415f44
 @verb
 def chat(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
-         base:Path|None=None, # Where the model is an adapter: its base, when the adapter does not name it
+         # Where the model is an adapter: its base, when the adapter does not name it
+         base:Path|None=None,
          system:str|None=None, # What the model is told before the first turn
-         template:str|None=None, # How turns are written (bantam, chatml, raw, ...); none takes the tokenizer's
-         tools:list[str]|None=None, # What it may call: calculator, python, search, browse; may be repeated
-         search_url:str|None=None, # A search service that answers ?q=...&format=json with JSON, such as SearXNG
+         # How turns are written (bantam, chatml, raw, ...); none takes the tokenizer's
+         template:str|None=None,
+         # What it may call: calculator, python, search, browse; may be repeated
+         tools:list[str]|None=None,
+         # A search service that answers ?q=...&format=json with JSON, such as SearXNG
+         search_url:str|None=None,
          allow:list[str]|None=None, # A host that the browser may open; may be repeated
          constrain:bool=False, # Hold calls of tools to their schema
          think:bool=False, # Show what the model thinks
@@ -76,11 +82,14 @@ def chat(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
     from bantam.tune.lora import is_adapter
     made = tools_named(tools, search_url, allow)
     asked = dict(temperature=temperature, max_new_tokens=max_new_tokens)
-    if constrain and not made: raise BantamError("--constrain is for calls of tools; add --tools NAME")
-    if made: asked |= dict(repetition_penalty=1., no_repeat_ngram_size=0) # a call repeats what the user said
+    if constrain and not made:
+        raise BantamError("--constrain is for calls of tools; add --tools NAME")
+    # a call repeats what the user said
+    if made: asked |= dict(repetition_penalty=1., no_repeat_ngram_size=0)
     folder = model if is_adapter(model) else weights_folder(model)
     how = GenerationArgs.load(folder, **{k: v for k,v in asked.items() if v is not None})
-    talk = BantamChat.from_pretrained(folder, device=device, base=base, template=template, tools=made,
+    talk = BantamChat.from_pretrained(folder, device=device, base=base,
+                                      template=template, tools=made,
                                       system=system, seed=seed, generation=how, show_thinking=think,
                                       constrain=constrain)
     print(f"{model}: {talk.model.num_parameters():,} parameters. /help lists the commands, "

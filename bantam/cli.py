@@ -17,7 +17,8 @@ import bantam.data_verbs # makes `data prepare` and `data preview`
 import bantam.decode_verbs # makes `generate` and `quantize`
 import bantam.expert_verbs # makes `experts train` and `experts list`
 import bantam.serve_verb # makes `serve`
-from .train_verbs import TYPED, launched, shape_of, training, way_on # makes `plan`, `doctor`, `bench` and `sweep`
+# makes `plan`, `doctor`, `bench` and `sweep`
+from .train_verbs import TYPED, launched, shape_of, training, way_on
 from .verb import app, run_cli, show_yaml, verb
 
 # %% ../nbs/99_cli.ipynb #414e466d
@@ -31,7 +32,7 @@ def define(out:Path=Path("configs"), # Folder that gets models/ and training/
 
 # %% ../nbs/99_cli.ipynb #7dec4285
 @verb
-def trainbpe(input:list[Path], # Files or folders (.txt, .jsonl, .json, .parquet; also .gz, .zst); may be repeated
+def trainbpe(input:list[Path], # Files or folders (.txt, .jsonl, .json, .parquet, +.gz, +.zst)
              out:Path, # Folder of the tokenizer
              text_field:str="text", # Field of a record that holds the text
              vocab_size:int=16384, # Number of ids, control tokens included
@@ -39,7 +40,8 @@ def trainbpe(input:list[Path], # Files or folders (.txt, .jsonl, .json, .parquet
              lowercase:bool=False, # Lowercase everything; not for code
              strip_accents:bool=False, # Drop accents
              regex_symbols:bool=False, # Each ASCII symbol is a token of its own
-             digit_group_size:int=2, # Digits of a number are cut into groups of this size, from the right
+             # Digits of a number are cut into groups of this size, from the right
+             digit_group_size:int=2,
              prefill_numbers_upto:int|None=None, # 0..N are one token each
              no_regex:bool=False, # Split at spaces only, not by GPT-2's pattern
              on_bad:str="stop", # At a bad record: stop, or skip it and count
@@ -75,7 +77,8 @@ def pretrain(config:Path|None=None, # Training file (training_args)
              dataset:str|None=None, # Files, folders, or a named corpus
              tokenizer:str|None=None, # Folder of a tokenizer, or `default`
              out:Path|None=None, # The run folder
-             resume_from:Path|None=None, # Go on with an interrupted run: its folder, or a checkpoint
+             # Go on with an interrupted run: its folder, or a checkpoint
+             resume_from:Path|None=None,
              device:str|None=None, # auto, cpu, cuda, mps
              seed:int|None=None, # Of weights, data order and samples
              set:list[str]|None=None, # training_args.key=value or bantam_config.key=value
@@ -83,10 +86,12 @@ def pretrain(config:Path|None=None, # Training file (training_args)
             )->None:
     "Train a model on text from the beginning, or go on with a run."
     from bantam.args import TrainingArgs
-    args,model_set = training(TrainingArgs, config, set, dataset=dataset, tokenizer=tokenizer, out_dir=out,
+    args,model_set = training(TrainingArgs, config, set, dataset=dataset, tokenizer=tokenizer,
+                              out_dir=out,
                               resume_from_checkpoint=resume_from, device=device, seed=seed)
     shape = shape_of(mconf, preset, model_set)
-    if print_config: return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict()))
+    if print_config:
+        return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict()))
     from bantam.train.doctor import Checkup
     from bantam.train.pretrain import pretrain
     report(pretrain(args, shape, [Checkup()], way_on(args.out_dir)))
@@ -97,7 +102,8 @@ def continue_pretrain(model:Path, # A model folder, a checkpoint, or a run folde
                       config:Path|None=None, # Training file (training_args)
                       dataset:str|None=None, # Files, folders, or a named corpus
                       out:Path|None=None, # The run folder
-                      resume_from:Path|None=None, # Go on with an interrupted run: its folder, or a checkpoint
+                      # Go on with an interrupted run: its folder, or a checkpoint
+                      resume_from:Path|None=None,
                       device:str|None=None, # auto, cpu, cuda, mps
                       seed:int|None=None, # Of data order and samples
                       set:list[str]|None=None, # training_args.key=value
@@ -119,7 +125,8 @@ def sft(model:Path|None=None, # A base model: its folder, a checkpoint, or a run
         dataset:str|None=None, # Dialogues: files, folders, or a named corpus
         stage:str|None=None, # What to learn: instruct, tools, reasoning; has an offline data set
         mode:str|None=None, # lora (thin matrices beside frozen ones), or full (every weight)
-        template:str|None=None, # How turns are written: bantam, chatml, llama3, gemma, alpaca, raw, or a YAML file
+        # How turns are written: bantam, chatml, llama3, gemma, alpaca, raw, or a YAML file
+        template:str|None=None,
         out:Path|None=None, # The run folder
         resume_from:Path|None=None, # Go on with an interrupted run: its folder, or a checkpoint
         device:str|None=None, # auto, cpu, cuda, mps
@@ -129,8 +136,10 @@ def sft(model:Path|None=None, # A base model: its folder, a checkpoint, or a run
        )->None:
     "Fine-tune a model on dialogues."
     from bantam.args import SFTArgs
-    args,_ = training(SFTArgs, config, set, dataset=dataset, stage=stage, sft_mode=mode, template=template,
-                      out_dir=out, finetune_from=model, resume_from_checkpoint=resume_from, device=device,
+    args,_ = training(SFTArgs, config, set, dataset=dataset, stage=stage, sft_mode=mode,
+                      template=template,
+                      out_dir=out, finetune_from=model, resume_from_checkpoint=resume_from,
+                      device=device,
                       seed=seed)
     if print_config: return show_yaml(dict(sft_args=args.to_dict()))
     from bantam.train.doctor import Checkup
@@ -149,18 +158,20 @@ def report(result:dict # What a run returned
 def demo(out:Path=Path("runs/demo"), # Everything that the demo makes
          corpus:str|None=None, # offline (the default), stdlib, shakespeare, chitchat
          text:Path|None=None, # Or any text file or folder
-         minutes:float|None=None, # How long it may take in all; turned into steps once, by a short measurement
+         # How long it may take in all; turned into steps once, by a short measurement
+         minutes:float|None=None,
          steps:int|None=None, # Pre-training steps, instead of minutes
          seed:int=0, # Of everything
          set:list[str]|None=None, # training_args.key=value
          print_config:bool=False # Show the resolved settings and run nothing
         )->None:
     "Everything once: corpus, tokenizer, pre-training, fine-tuning, grading, a conversation."
-    # Waiting threads sleep: a step takes a third longer alone, and a third of the time beside another
-    # busy program (two cores).
+    # Waiting threads sleep: a step takes a third longer alone, and a third of the time beside
+    # another busy program (two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from bantam.demo import demo, resolve
-    asked = resolve(corpus=corpus, text=text, minutes=minutes, steps=steps, seed=seed, overrides=set or [])
+    asked = resolve(corpus=corpus, text=text, minutes=minutes, steps=steps, seed=seed,
+                    overrides=set or [])
     if print_config: return show_yaml(asked)
     # Flushed: a process that is killed shall have said it
     demo(out, asked, partial(print, flush=True), shlex.join(TYPED) or None)

@@ -13,12 +13,15 @@ import math
 from fastcore.basics import patch
 
 from .core import BantamError, nearest
-from .fields import AttentionFields, CoreFields, FeedForwardFields, LossFields, PositionFields, RopeScaling, need
+from .fields import (AttentionFields, CoreFields, FeedForwardFields, LossFields,
+                           PositionFields, RopeScaling, need)
 from .settings import between, positive, strict
 
 # %% ../nbs/01_config.ipynb #e03148a6
-LAYER_FIELDS = ("num_attention_heads num_key_value_heads head_dim intermediate_size window num_attention_sinks sink_boost learned_sinks "
-                "attention_bias attention_head_groups attn_temperature attn_logit_softcapping qk_norm pos_encoding rope_theta rope_scaling "
+LAYER_FIELDS = ("num_attention_heads num_key_value_heads head_dim intermediate_size window "
+                "num_attention_sinks sink_boost learned_sinks "
+                "attention_bias attention_head_groups attn_temperature attn_logit_softcapping "
+                "qk_norm pos_encoding rope_theta rope_scaling "
                 "partial_rotary_factor ffn_type mlp_bias expert_type num_experts").split()
 LAYER_FIELDS += [f.name for f in dataclasses.fields(FeedForwardFields) if f.name.startswith("moe_")]
 
@@ -29,22 +32,28 @@ class LayerConfig(dict):
                 ):
         for k in changes:
             if k not in LAYER_FIELDS:
-                raise BantamError(f"unknown key '{k}'{nearest(k, LAYER_FIELDS)}; a layer may change {', '.join(LAYER_FIELDS)}")
+                raise BantamError(f"unknown key '{k}'{nearest(k, LAYER_FIELDS)}; "
+                                  f"a layer may change {', '.join(LAYER_FIELDS)}")
         super().__init__(changes)
 
 @strict
 class BantamConfig(LossFields, FeedForwardFields, PositionFields, AttentionFields, CoreFields):
     "The shape of a decoder-only transformer."
-    layer_configs:list[dict]=dataclasses.field(default_factory=list) # Changes layer by layer, see `LayerConfig`
+    # Changes layer by layer, see `LayerConfig`
+    layer_configs:list[dict]=dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
         H = self.num_attention_heads
-        if self.head_dim is None and H > 0 and self.hidden_size % H == 0: put("head_dim", self.hidden_size // H)
+        if self.head_dim is None and H > 0 and self.hidden_size % H == 0:
+            put("head_dim", self.hidden_size // H)
         if self.rope_scaling and "rope_type" in self.rope_scaling:
-            put("rope_scaling", {"type" if k == "rope_type" else k: v for k,v in self.rope_scaling.items()})
+            put("rope_scaling", {"type" if k == "rope_type" else k: v
+                                 for k,v in self.rope_scaling.items()})
         if self.attn_type == "mla" and self.head_dim:
-            for name,value in dict(qk_nope_head_dim=self.head_dim, qk_rope_head_dim=self.head_dim//2, v_head_dim=self.head_dim).items():
+            for name,value in dict(qk_nope_head_dim=self.head_dim,
+                                   qk_rope_head_dim=self.head_dim//2,
+                                   v_head_dim=self.head_dim).items():
                 if getattr(self, name) is None: put(name, value)
 
 # %% ../nbs/01_config.ipynb #0bcfabc9
@@ -61,55 +70,88 @@ def replace(self:BantamConfig,
     return type(self)(**self.to_dict() | changes)
 
 # %% ../nbs/01_config.ipynb #1c2006ac
-POSITIVE = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings "
-            "rms_norm_eps qk_norm_eps initializer_range rope_theta partial_rotary_factor window attn_temperature attn_logit_softcapping "
-            "final_logit_softcapping block_mask_cache_cap q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts "
-            "moe_top_k moe_intermediate_size moe_capacity_factor moe_groups moe_top_groups moe_routed_scale").split()
-SHARES = ("residual_dropout attention_dropout mlp_dropout stochastic_depth_rate label_smoothing moe_router_jitter").split()
-NOT_NEGATIVE = ("num_attention_sinks moe_num_shared z_loss_weight moe_aux_loss_weight moe_router_z_loss_weight moe_bias_update_rate").split()
+POSITIVE = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings "
+            "rms_norm_eps qk_norm_eps initializer_range rope_theta partial_rotary_factor window "
+            "attn_temperature attn_logit_softcapping "
+            "final_logit_softcapping block_mask_cache_cap q_lora_rank kv_lora_rank "
+            "qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts "
+            "moe_top_k moe_intermediate_size moe_capacity_factor moe_groups moe_top_groups "
+            "moe_routed_scale").split()
+SHARES = ("residual_dropout attention_dropout mlp_dropout stochastic_depth_rate label_smoothing "
+          "moe_router_jitter").split()
+NOT_NEGATIVE = ("num_attention_sinks moe_num_shared z_loss_weight moe_aux_loss_weight "
+                "moe_router_z_loss_weight moe_bias_update_rate").split()
 
 def check_heads(c:BantamConfig # The one that is being built
                )->None:
     "Heads that divide, by groups or by one rule for all."
     H,G,groups = c.num_attention_heads,c.num_key_value_heads,c.attention_head_groups
-    need(c.head_dim is not None, f"hidden_size {c.hidden_size} does not divide by num_attention_heads {H}; change one, or set head_dim")
+    need(c.head_dim is not None, f"hidden_size {c.hidden_size} does not divide by "
+                                 f"num_attention_heads {H}; change one, or set head_dim")
     if c.attn_type == "mla":
-        need(groups is None, "attention_head_groups are for attn_type gqa; mla compresses the keys of all heads at once")
-        need(c.kv_lora_rank is not None, "attn_type mla needs kv_lora_rank, the width of the compressed keys and values")
-        need(G == H, f"num_key_value_heads {G} has no meaning with attn_type mla; set it to num_attention_heads {H}")
-        need(c.qk_norm is False, "qk_norm is for attn_type gqa; mla normalises its compressed vectors")
-        need(c.pos_encoding == "rope", f"attn_type mla needs pos_encoding rope, got {c.pos_encoding}")
-        need(c.partial_rotary_factor == 1, "partial_rotary_factor is for attn_type gqa; with mla set qk_rope_head_dim")
-        need(c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even for rotary positions, got {c.qk_rope_head_dim}")
+        need(groups is None, "attention_head_groups are for attn_type gqa; "
+                             "mla compresses the keys of all heads at once")
+        need(c.kv_lora_rank is not None, "attn_type mla needs kv_lora_rank, "
+                                         "the width of the compressed keys and values")
+        need(G == H, f"num_key_value_heads {G} has no meaning with attn_type mla; "
+                     f"set it to num_attention_heads {H}")
+        need(c.qk_norm is False, "qk_norm is for attn_type gqa; mla normalises its compressed "
+                                 "vectors")
+        need(c.pos_encoding == "rope", "attn_type mla needs pos_encoding rope, "
+                                       f"got {c.pos_encoding}")
+        need(c.partial_rotary_factor == 1, "partial_rotary_factor is for attn_type gqa; "
+                                           "with mla set qk_rope_head_dim")
+        need(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even for rotary positions, "
+                                          f"got {c.qk_rope_head_dim}")
         return
     for n in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         need(getattr(c, n) is None, f"{n} is read by attn_type mla only, which is {c.attn_type}")
     for i,g in enumerate(groups or []):
-        need(set(g) == {"query_heads", "kv_heads", "head_dim"} and all(type(v) is int and v > 0 for v in g.values()),
-             f"attention_head_groups[{i}] must have query_heads, kv_heads and head_dim above 0, got {g}")
-        need(g["query_heads"] % g["kv_heads"] == 0, f"attention_head_groups[{i}]: query_heads {g['query_heads']} does not divide by kv_heads {g['kv_heads']}")
+        need(set(g) == {"query_heads", "kv_heads", "head_dim"}
+             and all(type(v) is int and v > 0 for v in g.values()),
+             f"attention_head_groups[{i}] must have query_heads, kv_heads and head_dim above 0, "
+             f"got {g}")
+        need(g["query_heads"] % g["kv_heads"] == 0, f"attention_head_groups[{i}]: "
+                                                    f"query_heads {g['query_heads']} does not "
+                                                    f"divide by kv_heads {g['kv_heads']}")
     if groups is not None:
-        need(sum(g["query_heads"] for g in groups) == H, f"attention_head_groups must have num_attention_heads {H} query heads in all")
-        need(sum(g["kv_heads"] for g in groups) == G, f"attention_head_groups must have num_key_value_heads {G} key heads in all")
-        need(c.qk_norm != "full", "qk_norm full joins all heads, which attention_head_groups keep apart; use qk_norm: true")
-    else: need(H % G == 0, f"num_attention_heads {H} does not divide by num_key_value_heads {G}; each key head serves the same number of query heads")
+        need(sum(g["query_heads"] for g in groups) == H,
+             f"attention_head_groups must have num_attention_heads {H} query heads in all")
+        need(sum(g["kv_heads"] for g in groups) == G,
+             f"attention_head_groups must have num_key_value_heads {G} key heads in all")
+        need(c.qk_norm != "full", "qk_norm full joins all heads, which attention_head_groups keep "
+                                  "apart; use qk_norm: true")
+    else:
+        need(H % G == 0, f"num_attention_heads {H} does not divide by num_key_value_heads {G}; "
+                         "each key head serves the same number of query heads")
 
 # %% ../nbs/01_config.ipynb #fe714479
 def check_positions(c:BantamConfig # The one that is being built
                    )->None:
     "Angles that exist, and no setting that nobody reads."
     if c.pos_encoding != "rope":
-        need(c.rope_scaling is None, f"rope_scaling is read by pos_encoding rope only, which is {c.pos_encoding}")
-        need(c.partial_rotary_factor == 1, f"partial_rotary_factor is read by pos_encoding rope only, which is {c.pos_encoding}")
+        need(c.rope_scaling is None, "rope_scaling is read by pos_encoding rope only, "
+                                     f"which is {c.pos_encoding}")
+        need(c.partial_rotary_factor == 1, "partial_rotary_factor is read by pos_encoding rope "
+                                           f"only, which is {c.pos_encoding}")
         return
-    need(c.partial_rotary_factor <= 1, f"partial_rotary_factor must be from above 0 to 1, got {c.partial_rotary_factor}")
-    dims = [c.qk_rope_head_dim] if c.attn_type == "mla" else [int(k*c.partial_rotary_factor) for k in {c.head_dim, *(g["head_dim"] for g in c.attention_head_groups or [])}]
-    for k in dims: need(k >= 2 and k % 2 == 0, f"head_dim must be even for rotary positions (partial_rotary_factor {c.partial_rotary_factor:g} of it), got {k}")
+    need(c.partial_rotary_factor <= 1, "partial_rotary_factor must be from above 0 to 1, "
+                                       f"got {c.partial_rotary_factor}")
+    dims = ([c.qk_rope_head_dim] if c.attn_type == "mla"
+            else [int(k*c.partial_rotary_factor)
+                  for k in {c.head_dim, *(g["head_dim"] for g in c.attention_head_groups or [])}])
+    for k in dims:
+        need(k >= 2 and k % 2 == 0, "head_dim must be even for rotary positions "
+                                    f"(partial_rotary_factor {c.partial_rotary_factor:g} of it), "
+                                    f"got {k}")
     if c.rope_scaling is None: return
     s = RopeScaling(**c.rope_scaling)
     for n in ("short_factor", "long_factor"):
         f = getattr(s, n)
-        need(f is None or {len(f)} == {k//2 for k in dims}, f"rope_scaling {n} needs one number per pair of rotated features, {dims[0]//2}, got {len(f or [])}")
+        need(f is None or {len(f)} == {k//2 for k in dims}, f"rope_scaling {n} needs one number "
+                                                            "per pair of rotated features, "
+                                                            f"{dims[0]//2}, got {len(f or [])}")
 
 # %% ../nbs/01_config.ipynb #00031707
 def check_experts(c:BantamConfig # The one that is being built
@@ -118,13 +160,20 @@ def check_experts(c:BantamConfig # The one that is being built
     if c.expert_type == "dense": return
     k = 1 if c.expert_type == "switch" else c.moe_top_k
     need(k <= c.num_experts, f"moe_top_k {k} is above num_experts {c.num_experts}")
-    need((c.moe_num_shared > 0) == (c.expert_type == "shared"), f"moe_num_shared {c.moe_num_shared} does not fit expert_type {c.expert_type}; `shared` needs at least 1, others 0")
-    need(c.num_experts % c.moe_groups == 0, f"num_experts {c.num_experts} does not divide by moe_groups {c.moe_groups}")
-    need(c.moe_top_groups <= c.moe_groups, f"moe_top_groups {c.moe_top_groups} is above moe_groups {c.moe_groups}")
-    need(k <= c.num_experts//c.moe_groups*c.moe_top_groups, f"moe_top_k {k} is above the experts of {c.moe_top_groups} of {c.moe_groups} moe_groups")
+    need((c.moe_num_shared > 0) == (c.expert_type == "shared"),
+         f"moe_num_shared {c.moe_num_shared} does not fit expert_type {c.expert_type}; "
+         "`shared` needs at least 1, others 0")
+    need(c.num_experts % c.moe_groups == 0, f"num_experts {c.num_experts} does not divide by "
+                                            f"moe_groups {c.moe_groups}")
+    need(c.moe_top_groups <= c.moe_groups, f"moe_top_groups {c.moe_top_groups} is above moe_groups "
+                                           f"{c.moe_groups}")
+    need(k <= c.num_experts//c.moe_groups*c.moe_top_groups,
+         f"moe_top_k {k} is above the experts of {c.moe_top_groups} of {c.moe_groups} moe_groups")
     routed = c.expert_type in ("switch", "topk", "sparse", "shared")
-    need(routed or c.moe_groups == 1, f"moe_groups are for tokens that choose experts, not for expert_type {c.expert_type}")
-    need(routed or not c.moe_bias_balancing, f"moe_bias_balancing is for tokens that choose experts, not for expert_type {c.expert_type}")
+    need(routed or c.moe_groups == 1, "moe_groups are for tokens that choose experts, "
+                                      f"not for expert_type {c.expert_type}")
+    need(routed or not c.moe_bias_balancing, "moe_bias_balancing is for tokens that choose "
+                                             f"experts, not for expert_type {c.expert_type}")
 
 # %% ../nbs/01_config.ipynb #d75bc3cf
 MOE_DEFAULTS = {f.name: f.default for f in dataclasses.fields(FeedForwardFields)
@@ -135,7 +184,8 @@ def layer(self:BantamConfig,
           i:int # Which layer, from 0
          )->BantamConfig: # The shape of that layer, without `layer_configs`
     "All fields as layer `i` sees them; what it does not read is at its default."
-    values = self.to_dict() | (self.layer_configs[i] if i < len(self.layer_configs) else {}) | dict(layer_configs=[])
+    values = (self.to_dict() | (self.layer_configs[i] if i < len(self.layer_configs) else {})
+              | dict(layer_configs=[]))
     if values["expert_type"] == "dense": values |= MOE_DEFAULTS
     if not values["window"] and not values["sink_boost"]: values["num_attention_sinks"] = 0
     return BantamConfig(**values)
@@ -143,23 +193,31 @@ def layer(self:BantamConfig,
 # %% ../nbs/01_config.ipynb #98954e16
 @patch
 def check(self:BantamConfig)->None:
-    "Refuse a shape that cannot be built, or a setting that nobody reads; the message names the field."
+    """Refuse a shape that cannot be built, or a setting that nobody reads; the message names the
+    field."""
     positive(self, *POSITIVE)
     between(self, 0, 1, *SHARES)
     between(self, 0, math.inf, *NOT_NEGATIVE)
     for n in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id"):
-        need(0 <= getattr(self, n) < self.vocab_size, f"{n} {getattr(self, n)} is outside the vocabulary of {self.vocab_size}")
+        need(0 <= getattr(self, n) < self.vocab_size,
+             f"{n} {getattr(self, n)} is outside the vocabulary of {self.vocab_size}")
     check_heads(self); check_positions(self); check_experts(self)
     L,layers = self.num_hidden_layers,[]
-    need(len(self.layer_configs) <= L, f"layer_configs has {len(self.layer_configs)} entries, the model num_hidden_layers {L}")
+    need(len(self.layer_configs) <= L, f"layer_configs has {len(self.layer_configs)} entries, "
+                                       f"the model num_hidden_layers {L}")
     for i,changes in enumerate(self.layer_configs):
         try: LayerConfig(**changes); layers.append(self.layer(i))
         except BantamError as e: raise BantamError(f"layer_configs[{i}]: {e}") from None
         moe = [k for k in changes if k in MOE_DEFAULTS]
-        need(not moe or layers[i].expert_type != "dense", f"layer_configs[{i}]: {', '.join(moe)} is read by experts only, and expert_type is dense")
+        need(not moe or layers[i].expert_type != "dense", f"layer_configs[{i}]: "
+                                                          f"{', '.join(moe)} is read by experts "
+                                                          "only, and expert_type is dense")
     if len(layers) < L: layers.append(self)
     for k,default in MOE_DEFAULTS.items():
-        need(getattr(self, k) == default or any(c.expert_type != "dense" for c in layers), f"{k} is read by experts only, and expert_type is dense in every layer")
-    need(all(c.sink_boost == 0 or c.num_attention_sinks for c in layers), "sink_boost has no effect without num_attention_sinks")
-    need(self.num_attention_sinks == 0 or any(c.num_attention_sinks and (c.window or c.sink_boost) for c in layers),
+        need(getattr(self, k) == default or any(c.expert_type != "dense" for c in layers),
+             f"{k} is read by experts only, and expert_type is dense in every layer")
+    need(all(c.sink_boost == 0 or c.num_attention_sinks for c in layers),
+         "sink_boost has no effect without num_attention_sinks")
+    need(self.num_attention_sinks == 0 or any(c.num_attention_sinks and (c.window or c.sink_boost)
+                                              for c in layers),
          "num_attention_sinks has no effect without a window or a sink_boost in some layer")

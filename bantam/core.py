@@ -31,14 +31,17 @@ def nearest(name:str, # The name that was not found
     return f", did you mean '{near[0]}'?" if near else ""
 
 # %% ../nbs/00_core.ipynb #dc912fbe
-DIMS = dict(B="batch", T="time: positions of the queries", S="source time: positions of the keys", D="model width", H="query heads",
-            G="key and value heads", K="width of a head", V="vocabulary", F="feed-forward width", N="tokens of a batch, B x T")
+DIMS = dict(B="batch", T="time: positions of the queries", S="source time: positions of the keys",
+            D="model width", H="query heads",
+            G="key and value heads", K="width of a head", V="vocabulary", F="feed-forward width",
+            N="tokens of a batch, B x T")
 
 # %% ../nbs/00_core.ipynb #1e2c2675
 def sha256_file(path # A file
                )->str: # 64 hexadecimal digits
     "SHA-256 of a file, read in blocks so that memory stays flat."
-    sha,block = hashlib.sha256(),memoryview(bytearray(2**20)) # 1 MB: in smaller ones, threads that hash at the same time wait for the interpreter at every block
+    # 1 MB: with smaller ones, threads that hash wait for the interpreter at every block
+    sha,block = hashlib.sha256(),memoryview(bytearray(2**20))
     with open(path, "rb", buffering=0) as f:
         while n := f.readinto(block): sha.update(block[:n])
     return sha.hexdigest()
@@ -57,7 +60,8 @@ def sync(path # A file or a folder
     try: os.fsync(fd)
     finally: os.close(fd)
 
-FILLING:list = [] # Folders that `new_folder` is making: all in them is synced before they appear, and need not wait for the disk one by one
+# Folders that `new_folder` is making: files in them are synced together, before it appears
+FILLING:list = []
 
 def fsync_path(path # A file or a folder
               )->None:
@@ -67,14 +71,17 @@ def fsync_path(path # A file or a folder
 def write_durable(path, # Where to
                   data:str|bytes # Text is written as UTF-8
                  )->Path:
-    "Replace the file at `path` by `data`: after a kill at any moment it holds the old content or the new one, whole."
+    """Replace the file at `path` by `data`: after a kill at any moment it holds the old content or
+    the new one, whole."""
     path = Path(path)
     tmp = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         tmp.write_bytes(data.encode() if isinstance(data, str) else data)
         fsync_path(tmp)
         os.replace(tmp, path)
-    except OSError as e: raise BantamError(f"cannot write {path}: {e.strerror}; free space or choose another folder") from e
+    except OSError as e:
+        raise BantamError(f"cannot write {path}: {e.strerror}; free space or choose another "
+                          "folder") from e
     finally: tmp.unlink(missing_ok=True)
     fsync_path(path.parent)
     return path
@@ -83,13 +90,16 @@ def write_durable(path, # Where to
 @contextmanager
 def new_folder(target # The folder that shall exist, whole, when the block ends
               ):
-    "Yield a folder to fill; it becomes `target` when the block ends, and vanishes when the block raises."
+    """Yield a folder to fill; it becomes `target` when the block ends, and vanishes when the block
+    raises."""
     target = Path(target)
     tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
     old = tmp.with_name(tmp.name.replace(".tmp-", ".old-", 1))
     try:
         try: tmp.mkdir(parents=True)
-        except OSError as e: raise BantamError(f"cannot make a folder beside {target}: {e.strerror}; choose another place") from e
+        except OSError as e:
+            raise BantamError(f"cannot make a folder beside {target}: {e.strerror}; "
+                              "choose another place") from e
         with locked(tmp):
             FILLING.append(tmp)
             try: yield tmp
@@ -105,7 +115,8 @@ def new_folder(target # The folder that shall exist, whole, when the block ends
 @contextmanager
 def locked(folder:Path # A folder
           ):
-    "Hold a lock on `folder`. The operating system lets go of it when this process ends, however it ends."
+    """Hold a lock on `folder`. The operating system lets go of it when this process ends, however
+    it ends."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +134,8 @@ def sweep(folder # Where folders and files are written
                 home = p.with_name(p.name[5:-9]) # .old-NAME-01234567
                 if p.name.startswith(".old-") and not home.exists(): os.replace(p, home)
                 else: shutil.rmtree(p, ignore_errors=True)
-        except (BlockingIOError, FileNotFoundError): pass # another process writes it, or has just cleared it up
+        # another process writes it, or has just cleared it up
+        except (BlockingIOError, FileNotFoundError): pass
 
 # %% ../nbs/00_core.ipynb #00daeaf4
 def read_json(path # A JSON file
@@ -133,13 +145,16 @@ def read_json(path # A JSON file
     try: return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise BantamError(f"{path} does not exist; check the path") from None
     except (OSError, UnicodeDecodeError) as e: raise BantamError(f"cannot read {path}: {e}") from e
-    except json.JSONDecodeError as e: raise BantamError(f"{path} line {e.lineno} is not JSON: {e.msg}; mend or remove the file") from e
+    except json.JSONDecodeError as e:
+        raise BantamError(f"{path} line {e.lineno} is not JSON: {e.msg}; "
+                          "mend or remove the file") from e
 
 def write_json(path, # Where to
-               obj # Anything that JSON can write; NaN and infinity are refused, because readers refuse them
+               obj # Anything that JSON can write; NaN and infinity are refused, as by readers
               )->Path:
     "Write `obj` durably, readable for people."
-    return write_durable(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_durable(path, json.dumps(obj, indent=2, ensure_ascii=False,
+                                          allow_nan=False) + "\n")
 
 # %% ../nbs/00_core.ipynb #efe7550f
 def human(n:float # A count

@@ -18,21 +18,26 @@ from .settings import between, positive
 @dataclass(frozen=True, kw_only=True)
 class DataFields:
     "What is read, and how rows are made of it."
-    dataset:str|list[str]|None=None # Files, folders, a named corpus, or tokens: a shard folder, a `.bin` or `.npy` file
+    # Files, folders, a named corpus, or tokens: a shard folder, a `.bin` or `.npy` file
+    dataset:str|list[str]|None=None
     valid_dataset:str|list[str]|None=None # Held-out documents; None splits them off `dataset`
     valid_fraction:float=0.01 # Share of the documents that is split off
     dataset_text_field:str="text" # Field of a JSONL record that holds the text
-    dataset_dtype:Literal["uint16", "uint32"]|None=None # Width of the ids in a `.bin` file that has no manifest
+    # Width of the ids in a `.bin` file that has no manifest
+    dataset_dtype:Literal["uint16", "uint32"]|None=None
     min_sample_token_length:int=8 # Shorter documents are left out when text is encoded
     tokenizer:str|None=None # Folder of a tokenizer, or `default`
     seq_len:int|None=None # Tokens of a row; None is the model's longest sequence
     document_mask:bool=True # Packed documents do not see each other
-    pack:Literal["blocks", "best_fit"]="blocks" # Rows of running text: blocks of the stream, or whole documents that start at BOS
-    stride:int|None=None # Of blocks: tokens from one row to the next; None is `seq_len`, less makes rows overlap
+    # Rows of running text: blocks of the stream, or whole documents that start at BOS
+    pack:Literal["blocks", "best_fit"]="blocks"
+    # Of blocks: tokens from one row to the next; None is `seq_len`, less makes rows overlap
+    stride:int|None=None
     num_workers:int=0 # Threads that make the next batches ahead of time
     pin_memory:bool=False # Batches lie where a CUDA device can fetch them
     persistent_workers:bool=False # The threads stay when an epoch ends
-    overfit_subset:int|None=None # Use only so many rows, again and again: can it learn them by heart?
+    # Use only so many rows, again and again: can it learn them by heart?
+    overfit_subset:int|None=None
 
 # %% ../nbs/00d_data_args.ipynb #5751012b
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,8 @@ class HubFields:
     hf_messages_field:str="messages" # Its column of conversations
     shuffle_buffer_size:int=0 # Shuffle its documents within so many; 0 keeps their order
 
-HUB_KEYS = ("hf_name", "hf_subset", "hf_split", "hf_streaming", "hf_text_field", "hf_messages_field", "shuffle_buffer_size")
+HUB_KEYS = ("hf_name", "hf_subset", "hf_split", "hf_streaming", "hf_text_field",
+            "hf_messages_field", "shuffle_buffer_size")
 
 # %% ../nbs/00d_data_args.ipynb #43dce8f5
 @patch
@@ -56,17 +62,24 @@ def check_data(self:DataFields)->None:
     positive(self, "seq_len", "stride", "min_sample_token_length", "overfit_subset")
     between(self, 0, 1, "valid_fraction")
     between(self, 0, float("inf"), "num_workers")
-    if self.persistent_workers and not self.num_workers: raise BantamError("persistent_workers keeps workers, and num_workers is 0; set num_workers")
-    if self.stride and self.pack == "best_fit": raise BantamError("stride is for pack: blocks; best-fit rows hold whole documents, leave it out")
+    if self.persistent_workers and not self.num_workers:
+        raise BantamError("persistent_workers keeps workers, and num_workers is 0; set num_workers")
+    if self.stride and self.pack == "best_fit":
+        raise BantamError("stride is for pack: blocks; best-fit rows hold whole documents, "
+                          "leave it out")
 
 @patch
 def check_hub(self:HubFields)->None:
     "Refuse a dataset without a name, a second source beside it, and its fields without it."
     between(self, 0, float("inf"), "shuffle_buffer_size")
-    if self.use_hf and not self.hf_name: raise BantamError("use_hf is set, but hf_name is not; name the dataset")
-    if self.use_hf and self.dataset: raise BantamError("use_hf and dataset contradict each other; a run reads one of them")
-    idle = [n for n in HUB_KEYS if not self.use_hf and getattr(self, n) != HubFields.__dataclass_fields__[n].default]
-    if idle: raise BantamError(f"{idle[0]} does nothing without use_hf; set use_hf, or leave it out")
+    if self.use_hf and not self.hf_name:
+        raise BantamError("use_hf is set, but hf_name is not; name the dataset")
+    if self.use_hf and self.dataset:
+        raise BantamError("use_hf and dataset contradict each other; a run reads one of them")
+    idle = [n for n in HUB_KEYS if not self.use_hf
+            and getattr(self, n) != HubFields.__dataclass_fields__[n].default]
+    if idle:
+        raise BantamError(f"{idle[0]} does nothing without use_hf; set use_hf, or leave it out")
 
 @patch
 def loading(self:DataFields)->dict: # Keywords of `Loader`

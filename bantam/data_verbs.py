@@ -16,8 +16,10 @@ from .core import BantamError
 from .verb import app, show_yaml, verb
 
 # %% ../nbs/98b_data_verbs.ipynb #7d3b449d
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make token shards, and look at what a model will read.")
-app.registered_groups[:] = [g for g in app.registered_groups if g.name != "data"] # imported again: the new one holds
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
+                   help="Make token shards, and look at what a model will read.")
+# imported again: the new one holds
+app.registered_groups[:] = [g for g in app.registered_groups if g.name != "data"]
 app.add_typer(data, name="data")
 
 def under(group:typer.Typer, # The group
@@ -28,7 +30,8 @@ def under(group:typer.Typer, # The group
         verb(f)
         info = app.registered_commands.pop()
         info.name = f.__name__.removeprefix(f"{word}_").replace("_", "-")
-        group.registered_commands[:] = [c for c in group.registered_commands if c.name != info.name] + [info]
+        group.registered_commands[:] = [
+            c for c in group.registered_commands if c.name != info.name] + [info]
         return f
     return make
 
@@ -75,22 +78,27 @@ def data_prepare(config:Path|None=None, # Data file: data_args, sources, clean, 
     "Turn sources into token shards: clean, find duplicates, tokenise; goes on where it was killed."
     from bantam.data.plan import DataPlan
     from bantam.data.prepare import kept_table, prepare, read_manifest
-    if not config: raise BantamError("option --config is missing (a data file; configs/data.yaml is one); see bantam-cli data prepare --help")
+    if not config:
+        raise BantamError("option --config is missing (a data file; configs/data.yaml is one); "
+                          "see bantam-cli data prepare --help")
     plan = DataPlan.from_yaml(config, set or [])
     folder = out or (plan.base/plan.args.out_dir if plan.args.out_dir else None)
     if print_config: return show_yaml(plan.settings | dict(out_dir=folder))
     score = BitsPerByte(plan.base/plan.args.score_model) if plan.args.score_model else None
     made = prepare(plan, folder, score, progress=sys.stderr.isatty())
-    for side,m in [("train", made)] + [("valid", read_manifest(folder/"valid"))]*(plan.args.valid_fraction > 0):
+    for side,m in [("train", made)] + [("valid", read_manifest(folder/"valid"))]*(
+        plan.args.valid_fraction > 0):
         tokens,documents = (sum(s[k] for s in m["shards"]) for k in ("tokens", "documents"))
-        print(f"{side}: {tokens:,} tokens in {documents:,} documents, {len(m['shards'])} shards\n{kept_table(m['kept'], m['mixture'])}")
+        print(f"{side}: {tokens:,} tokens in {documents:,} documents, "
+              f"{len(m['shards'])} shards\n{kept_table(m['kept'], m['mixture'])}")
     print(f"{folder}")
 
 # %% ../nbs/98b_data_verbs.ipynb #69372a38
 @under(data, "data")
-def data_preview(dataset:Path, # Tokens: a shard folder, a .bin or .npy file; or with --dialogues files of conversations
+def data_preview(dataset:Path, # Shards, a .bin or .npy file; with --dialogues conversations
                  tokenizer:str="default", # Folder of the tokenizer, or `default`
-                 dialogues:bool=False, # Show conversations with their loss mask, as fine-tuning sees them
+                 # Show conversations with their loss mask, as fine-tuning sees them
+                 dialogues:bool=False,
                  template:str="bantam", # Of dialogues: bantam or chatml
                  seq_len:int=256, # Tokens of a row
                  rows:int=4, # How many are shown
@@ -110,10 +118,13 @@ def data_preview(dataset:Path, # Tokens: a shard folder, a .bin or .npy file; or
         from bantam.args import SFTArgs
         from bantam.data.sources import open_source
         from bantam.tune.sft import sft_dataset
-        found = sft_dataset(open_source(dataset, "train", 0.), tok, SFTArgs(template=template), seq_len)
+        found = sft_dataset(open_source(dataset, "train", 0.), tok,
+                            SFTArgs(template=template), seq_len)
     else:
         shards = tokenised(dataset, tok, dtype=dtype)
-        if shards is None: raise BantamError(f"{dataset} holds no tokens; prepare it first, or give --dialogues for conversations")
+        if shards is None:
+            raise BantamError(f"{dataset} holds no tokens; prepare it first, "
+                              "or give --dialogues for conversations")
         found = text_rows(shards, seq_len, pack, stride=stride)
     view = Preview(found, tok, rows)
     print(view.terminal(colour=sys.stdout.isatty()))

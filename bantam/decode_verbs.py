@@ -40,12 +40,16 @@ def form_of(schema:Path|None, # A JSON file, or None
            ): # A function: tokenizer -> a fresh constraint; None where no form is asked for
     "What makes the constraint of one answer."
     from bantam.decode.constrain import GrammarConstraint, JsonConstraint
-    if schema and grammar: raise BantamError("--schema and --grammar are two forms for one answer; leave one of them out")
+    if schema and grammar:
+        raise BantamError("--schema and --grammar are two forms for one answer; "
+                          "leave one of them out")
     if schema: kind,form = JsonConstraint,read_json(schema)
     elif not grammar: return None
     else:
         try: kind,form = GrammarConstraint,grammar.read_text(encoding="utf-8").strip("\n")
-        except (OSError, UnicodeDecodeError) as e: raise BantamError(f"cannot read {grammar}: {getattr(e, 'strerror', None) or 'it is no UTF-8 text'}") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise BantamError(f"cannot read {grammar}: "
+                              f"{getattr(e, 'strerror', None) or 'it is no UTF-8 text'}") from None
     def make(tokenizer):
         try: return kind(form, tokenizer, **options)
         except BantamError as e: raise BantamError(f"{schema or grammar}: {e}") from None
@@ -55,13 +59,15 @@ def whole(held:list # Constraints of answers that were given
          )->None:
     "Refuse answers that were cut off."
     if not all(c.over for c in held):
-        raise BantamError("the answer was cut off before it had its form; give it more room with --max-new-tokens, or a form with a shorter end")
+        raise BantamError("the answer was cut off before it had its form; "
+                          "give it more room with --max-new-tokens, or a form with a shorter end")
 
 # %% ../nbs/98d_decode_verbs.ipynb #f678a427
 def answerer(model:Path, # A model folder, a checkpoint, or a run folder
              asked:dict, # Fields of `GenerationArgs` that were asked for
              draft:Path|None, # The same of a small model, or None
-             precision:str|None, # fp32, bf16 or auto; None is fp32, and what a quantised model was saved in
+             # fp32, bf16 or auto; None is fp32, and what a quantised model was saved in
+             precision:str|None,
              device:str, # auto, cpu, cuda, mps
              stream:bool, # Print while it comes
              num_samples:int, # Answers per prompt
@@ -71,7 +77,8 @@ def answerer(model:Path, # A model folder, a checkpoint, or a run folder
              **how # `stop`, `seed`, `compile`
             )->tuple: # A function: prompt -> None, prints; the `Draft` or None
     "Load everything, and return what answers a prompt."
-    from bantam.decode.generate import BantamForCausalLM, GenerationArgs, complete, log_answers, stream as pieces
+    from bantam.decode.generate import (BantamForCausalLM, GenerationArgs, complete, log_answers,
+                                        stream as pieces)
     from bantam.decode.reader import in_precision
     from bantam.decode.speculate import Draft
     from bantam.decode.speech import Completion
@@ -81,17 +88,20 @@ def answerer(model:Path, # A model folder, a checkpoint, or a run folder
     folder,helper = weights_folder(model),weights_folder(draft) if draft else None
     def ready(folder):
         lm = BantamForCausalLM.from_pretrained(folder).to(pick_device(device))
-        return lm if lm.quantization and precision is None else in_precision(lm, precision or "fp32")
+        return lm if lm.quantization and precision is None else in_precision(
+            lm, precision or "fp32")
     args,lm,tok = GenerationArgs.load(folder),ready(folder),BantamTokenizer.load(folder)
     guess = Draft(ready(helper), BantamTokenizer.load(helper), tok) if draft else None
     if schema or grammar: asked = dict(repetition_penalty=1., no_repeat_ngram_size=0) | asked
-    form = form_of(schema, grammar, ends=lm.stops()[0], free=max(1, args.replace(**asked).max_new_tokens*3//4))
+    form = form_of(schema, grammar, ends=lm.stops()[0],
+                   free=max(1, args.replace(**asked).max_new_tokens*3//4))
     if form: form(tok) # what is wrong with it is said before the first answer
     how |= dict(draft=guess, **asked)
     def answer(prompt):
         held = [form(tok) for _ in range(num_samples)] if form else []
         if not stream:
-            said = complete(lm, tok, [prompt], args, num_samples=num_samples, log=log, constraint=held or None, **how)
+            said = complete(lm, tok, [prompt], args, num_samples=num_samples, log=log,
+                            constraint=held or None, **how)
             whole(held)
             for done in said: print(done.text)
             return
@@ -101,7 +111,9 @@ def answerer(model:Path, # A model folder, a checkpoint, or a run folder
             print(piece, end="", flush=True)
         print()
         whole(held)
-        if log: log_answers(log, tok, [prompt], [Completion(text, [], False)], args.replace(**asked), time.perf_counter() - begin, seed=how["seed"])
+        if log:
+            log_answers(log, tok, [prompt], [Completion(text, [], False)], args.replace(**asked),
+                        time.perf_counter() - begin, seed=how["seed"])
     return answer,guess
 
 # %% ../nbs/98d_decode_verbs.ipynb #f8010fb6
@@ -113,33 +125,48 @@ def generate(model:Path, # A model folder, a checkpoint, or a run folder
              top_k:int|None=None, # Only the k likeliest; 0 is all
              top_p:float|None=None, # Only the likeliest that together have this probability
              min_p:float|None=None, # Only those at least this likely beside the likeliest
-             repetition_penalty:float|None=None, # Above 1 makes what stands there already less likely
+             # Above 1 makes what stands there already less likely
+             repetition_penalty:float|None=None,
              no_repeat_ngram_size:int|None=None, # No run of so many tokens twice; 0 is off
              num_beams:int|None=None, # Above 1 searches for the likeliest answer with so many beams
-             length_penalty:float|None=None, # Of the search: 0 compares sums of log-probabilities, 1 means
+             # Of the search: 0 compares sums of log-probabilities, 1 means
+             length_penalty:float|None=None,
              stop:list[str]|None=None, # A text at which to stop; may be repeated
              schema:Path|None=None, # A JSON Schema in a file: the answer is JSON that it allows
-             grammar:Path|None=None, # A regular expression or a Lark grammar in a file: the answer has this form
+             # A regular expression or a Lark grammar in a file: the answer has this form
+             grammar:Path|None=None,
              num_samples:int=1, # How many continuations
              seed:int|None=None, # Same seed, same text
              stream:bool=False, # Show the text while it comes
              interactive:bool=False, # Ask for one prompt after the other
              draft:Path|None=None, # A small model with the same tokenizer that guesses ahead
-             precision:str|None=None, # Of the weights: fp32, bf16, or auto; fp32 when left out, and what a quantised model was saved in
+             # Of the weights: fp32 (default; of a quantised model what it was saved in), bf16, auto
+             precision:str|None=None,
              compile:bool=False, # Compile the step of one token; takes half a minute at first
              log:Path|None=None, # A file that gets a JSON line per answer
              device:str="auto" # auto, cpu, cuda, mps
             )->None:
     "Continue a text."
-    if (prompt is None) != interactive: raise BantamError("give --prompt TEXT, or --interactive without it")
-    if stop and (schema or grammar): raise BantamError("--stop would cut a form in half; an answer with --schema or --grammar ends when it is complete")
-    if stream and num_samples > 1: raise BantamError("--stream shows one continuation; leave it out, or leave --num-samples out")
-    asked = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                 no_repeat_ngram_size=no_repeat_ngram_size, num_beams=num_beams, length_penalty=length_penalty)
-    answer,guess = answerer(model, {k: v for k,v in asked.items() if v is not None}, draft, precision, device, stream, num_samples, log,
-                            schema=schema, grammar=grammar, stop=tuple(stop or ()), seed=seed, compile=compile)
+    if (prompt is None) != interactive:
+        raise BantamError("give --prompt TEXT, or --interactive without it")
+    if stop and (schema or grammar):
+        raise BantamError("--stop would cut a form in half; an answer with --schema or --grammar "
+                          "ends when it is complete")
+    if stream and num_samples > 1:
+        raise BantamError("--stream shows one continuation; leave it out, "
+                          "or leave --num-samples out")
+    asked = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                 min_p=min_p, repetition_penalty=repetition_penalty,
+                 no_repeat_ngram_size=no_repeat_ngram_size, num_beams=num_beams,
+                 length_penalty=length_penalty)
+    answer,guess = answerer(model, {k: v for k,v in asked.items() if v is not None}, draft,
+                            precision, device, stream, num_samples, log,
+                            schema=schema, grammar=grammar, stop=tuple(stop or ()), seed=seed,
+                            compile=compile)
     if not interactive: answer(prompt)
-    else: line_by_line(lambda: input("> " if sys.stdin.isatty() else ""), answer, lambda text: print(text, file=sys.stderr))
+    else:
+        line_by_line(lambda: input("> " if sys.stdin.isatty() else ""), answer,
+                     lambda text: print(text, file=sys.stderr))
     if guess: print(guess.report, file=sys.stderr)
 
 # %% ../nbs/98d_decode_verbs.ipynb #d6ba9f00
@@ -152,7 +179,8 @@ def held_out(text:Path|None, # A file or folder of text, or None
     from bantam.data.offline import documents
     from bantam.data.records import texts_of
     if limit < 1: raise BantamError(f"--limit must be at least 1, got {limit}")
-    found = texts_of(read_records(text)) if text else (d["text"] for d in documents(10*limit, split="valid") if "text" in d)
+    found = texts_of(read_records(text)) if text else (
+        d["text"] for d in documents(10*limit, split="valid") if "text" in d)
     return list(islice(found, limit))
 
 @verb
@@ -160,7 +188,8 @@ def quantize(model:Path, # A model folder, a checkpoint, or a run folder
              out:Path, # The folder to make
              bits:int=8, # 8 or 4
              group_size:int|None=None, # Of 4 bits: weights that share a distance; 32 when left out
-             text:Path|None=None, # Text that the model has not seen, to tell what is lost; the held-out stories when left out
+             # Text that the model has not seen, to tell the loss; default held-out stories
+             text:Path|None=None,
              limit:int=100 # Documents of it, at most
             )->None:
     "Make a model smaller and faster, and tell what that costs."
@@ -168,7 +197,8 @@ def quantize(model:Path, # A model folder, a checkpoint, or a run folder
     from bantam.text.tokenizer import BantamTokenizer
     from bantam.train.checkpoint import weights_folder
     if bits not in (8, 4): raise BantamError(f"--bits must be 8 or 4, got {bits}")
-    if out.exists() and (out.is_file() or any(out.iterdir())): raise BantamError(f"{out} exists and is not empty; choose a new folder")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise BantamError(f"{out} exists and is not empty; choose a new folder")
     folder,texts = weights_folder(model),held_out(text, limit)
     lm,tok = BantamForCausalLM.from_pretrained(folder),BantamTokenizer.load(folder)
     before,was = weight_bytes(lm),bits_per_byte(lm, tok, texts)
@@ -179,7 +209,10 @@ def quantize(model:Path, # A model folder, a checkpoint, or a run folder
         for file in (tmp/"model").iterdir(): file.rename(tmp/file.name)
         (tmp/"model").rmdir()
         tok.save(tmp)
-        if (folder/"generation_config.json").is_file(): shutil.copy2(folder/"generation_config.json", tmp)
+        if (folder/"generation_config.json").is_file():
+            shutil.copy2(folder/"generation_config.json", tmp)
     print(f"{'bytes of':14}{'before':>16}{'after':>16}")
-    for part,size in before.items(): print(f"{part:14}{size:>16,}{after[part]:>16,}{after[part]/size:8.0%}")
-    print(f"bits per byte {was:16.4f}{now:16.4f}{now/was - 1:+8.2%}, on {len(texts)} documents\n{out}")
+    for part,size in before.items():
+        print(f"{part:14}{size:>16,}{after[part]:>16,}{after[part]/size:8.0%}")
+    print(f"bits per byte {was:16.4f}{now:16.4f}{now/was - 1:+8.2%}, "
+          f"on {len(texts)} documents\n{out}")

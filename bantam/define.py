@@ -23,7 +23,8 @@ def key_lines(cls:type, # A settings class
               skip=() # Fields that the file leaves out
              )->list: # Lines of YAML, two spaces in
     "Every field of `cls` with its comment: the decided ones first, the rest behind a `#`."
-    docs = {k: v for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c) for k,v in docments(c).items() if v}
+    docs = {k: v for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)
+            for k,v in docments(c).items() if v}
     usual = lambda f: f.default_factory() if f.default is dataclasses.MISSING else f.default
     fields = {f.name: usual(f) for f in dataclasses.fields(cls) if f.name not in skip}
     rows = [(f"  {k}: {json.dumps(v)}", k) for k,v in decided.items()]
@@ -32,26 +33,36 @@ def key_lines(cls:type, # A settings class
     return [f"{text:<{width}}  # {docs[k]}" if k in fields else text for text,k in rows]
 
 # %% ../nbs/97_define.ipynb #01f625a0
-PRETRAIN = dict(dataset="offline", tokenizer="default", out_dir="../../runs/pretrain", seq_len=256, batch_size=8, accum_steps=1, max_steps=500,
-                lr=3e-3, muon_lr=0.02, lr_scheduler="linear", min_lr_ratio=0.0, eval_every_n=100, save_every_n=100)
-SFT = dict(lr=1e-3, muon_lr=5e-3, max_steps=200, finetune_from="../../runs/pretrain", out_dir="../../runs/sft", template="bantam")
+PRETRAIN = dict(dataset="offline", tokenizer="default", out_dir="../../runs/pretrain", seq_len=256,
+                batch_size=8, accum_steps=1, max_steps=500,
+                lr=3e-3, muon_lr=0.02, lr_scheduler="linear", min_lr_ratio=0.0, eval_every_n=100,
+                save_every_n=100)
+SFT = dict(lr=1e-3, muon_lr=5e-3, max_steps=200, finetune_from="../../runs/pretrain",
+           out_dir="../../runs/sft", template="bantam")
 
 def model_file(preset:str="small" # One of `PRESETS`
               )->str: # YAML
     "A model file that starts from a preset."
-    if preset not in PRESETS: raise BantamError(f"preset '{preset}' is unknown{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
-    head = "# The shape of a model. The vocabulary comes from the tokenizer unless vocab_size is given.\nbantam_config:\n"
+    if preset not in PRESETS:
+        raise BantamError(f"preset '{preset}' is unknown{nearest(preset, PRESETS)}; "
+                          f"there are {', '.join(PRESETS)}")
+    head = ("# The shape of a model. The vocabulary comes from the tokenizer unless vocab_size is "
+            "given.\nbantam_config:\n")
     return head + "\n".join(key_lines(BantamConfig, PRESETS[preset], skip=("vocab_size",))) + "\n"
 
 def training_file(kind:str="pretrain" # `pretrain` or `sft`
                  )->str: # YAML
     "A training file; that of fine-tuning lays `sft_args` over `training_args`."
-    head = "# Arguments of a run. Relative paths start at this file's folder.\nseed: 0\ntraining_args:\n"
-    if kind == "pretrain": return head + "\n".join(key_lines(TrainingArgs, PRETRAIN, skip=("seed",))) + "\n"
+    head = ("# Arguments of a run. Relative paths start at this file's folder.\nseed: "
+            "0\ntraining_args:\n")
+    if kind == "pretrain":
+        return head + "\n".join(key_lines(TrainingArgs, PRETRAIN, skip=("seed",))) + "\n"
     base = {k: v for k,v in PRETRAIN.items() if k not in ("out_dir", "tokenizer")}
-    top = "\n".join(line for line in key_lines(TrainingArgs, base, skip=("seed",)) if not line.startswith("  #"))
+    top = "\n".join(line for line in key_lines(TrainingArgs, base,
+                                               skip=("seed",)) if not line.startswith("  #"))
     known = {f.name for f in dataclasses.fields(TrainingArgs)} - SFT.keys()
-    return head + top + "\nsft_args:  # laid over training_args\n" + "\n".join(key_lines(SFTArgs, SFT, skip=known)) + "\n"
+    return head + top + "\nsft_args:  # laid over training_args\n" + "\n".join(
+        key_lines(SFTArgs, SFT, skip=known)) + "\n"
 
 # %% ../nbs/97_define.ipynb #9785a3ee
 def define(out="configs", # Folder that gets `models/` and `training/`
@@ -59,12 +70,15 @@ def define(out="configs", # Folder that gets `models/` and `training/`
           )->list: # The paths that were written
     "Write commented templates of a model, a pre-training and a fine-tuning run."
     out = Path(out)
-    files = {out/"models"/f"{preset}.yaml": model_file(preset), out/"training"/"pretrain.yaml": training_file("pretrain"),
+    files = {out/"models"/f"{preset}.yaml": model_file(preset),
+             out/"training"/"pretrain.yaml": training_file("pretrain"),
              out/"training"/"sft.yaml": training_file("sft")}
     for f in files:
         if f.exists(): raise BantamError(f"{f} exists already; remove it or choose another --out")
     for f,text in files.items():
         try: f.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise BantamError(f"cannot make {f.parent}: {e.strerror}; choose another --out") from None
+        except OSError as e:
+            raise BantamError(
+                f"cannot make {f.parent}: {e.strerror}; choose another --out") from None
         write_durable(f, text)
     return list(files)

@@ -40,15 +40,18 @@ def prepare(out:Path, # The demo's folder
     source = asked["corpus"] or asked["text"]
     if (out/"tokenizer").exists(): tok = BantamTokenizer.load(out/"tokenizer")
     else:
-        tok = train_bpe(texts_of(open_source(source)), vocab_size=1024 if source == "offline" else 2048, digit_group_size=1)
+        tok = train_bpe(texts_of(open_source(source)),
+                        vocab_size=1024 if source == "offline" else 2048, digit_group_size=1)
         tok.save(out/"tokenizer")
     template = ChatTemplate.named("bantam")
     (out/"data").mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid"):
         if (out/"data"/split/"manifest.json").exists(): continue
-        write_shards(encode_records(open_source(source, split=split), tok, template), out/"data"/split, tok, source=source)
+        write_shards(encode_records(open_source(source, split=split), tok, template),
+                     out/"data"/split, tok, source=source)
     shards = Shards(out/"data"/"train", tok, verify=False)
-    say(f"corpus {source}: {human(shards.documents)} documents, {human(shards.tokens)} tokens of {tok.vocab_size}")
+    say(f"corpus {source}: {human(shards.documents)} documents, {human(shards.tokens)} tokens of "
+        f"{tok.vocab_size}")
     return tok
 
 # %% ../nbs/98_demo.ipynb #0b09b2ab
@@ -64,8 +67,10 @@ def grade(model:BantamForCausalLM, # The chat model
     prompts = [template.encode(q["messages"], tok, add_generation_prompt=True).ids for q in asked]
     for i in range(0, len(prompts), batch):
         given += complete(model, tok, prompts[i:i+batch], stop_ids=template.stop_ids(tok), **GREEDY)
-    right = {k: [is_exact(a.text, q["answer"]) for a,q in zip(given, asked) if q["kind"] == k] for k in dict.fromkeys(q["kind"] for q in asked)}
-    return dict(exact_answers={k: round(sum(r)/len(r), 4) for k,r in right.items()}, answers_that_end=round(sum(a.ended for a in given)/len(given), 4))
+    right = {k: [is_exact(a.text, q["answer"]) for a,q in zip(given, asked) if q["kind"] == k]
+             for k in dict.fromkeys(q["kind"] for q in asked)}
+    return dict(exact_answers={k: round(sum(r)/len(r), 4) for k,r in right.items()},
+                answers_that_end=round(sum(a.ended for a in given)/len(given), 4))
 
 # %% ../nbs/98_demo.ipynb #e6d17807
 def train_stage(model:BantamForCausalLM, # Fresh, or the base model
@@ -79,8 +84,10 @@ def train_stage(model:BantamForCausalLM, # Fresh, or the base model
     "Train, or go on with a run that was interrupted; a finished one is not repeated."
     folder = Path(args.out_dir)
     if (folder/"result.json").exists(): return read_json(folder/"result.json")
-    if (folder/"checkpoints").exists() and any((folder/"checkpoints").glob("step-*")): args = args.replace(resume_from_checkpoint=str(folder))
-    speak = Samples(lambda m: complete(m, tok, [[tok.bos_id]], max_new_tokens=40, temperature=.7, seed=0)[0].text.replace("\n", " "))
+    if (folder/"checkpoints").exists() and any((folder/"checkpoints").glob("step-*")):
+        args = args.replace(resume_from_checkpoint=str(folder))
+    speak = Samples(lambda m: complete(m, tok, [[tok.bos_id]], max_new_tokens=40, temperature=.7,
+                                       seed=0)[0].text.replace("\n", " "))
     trainer = Trainer(model, args, train, valid, tok, [speak])
     trainer.levels,trainer.resume_command = floors or {},command
     result = trainer.train()
@@ -94,7 +101,8 @@ def floors_of(train:Loader, # Batches to count in
              )->dict: # {uniform, unigram: what `evaluate_model` returns}
     "What a model must be better than."
     held,lengths = target_counts(valid, tok.vocab_size),byte_lengths(tok)
-    return dict(uniform=uniform_floor(held, lengths), unigram=unigram_floor(target_counts(train, tok.vocab_size, 200), held, lengths))
+    return dict(uniform=uniform_floor(held, lengths),
+                unigram=unigram_floor(target_counts(train, tok.vocab_size, 200), held, lengths))
 
 def report_card(model:BantamForCausalLM, # The chat model
                 tok:BantamTokenizer, # Its tokenizer
@@ -104,11 +112,16 @@ def report_card(model:BantamForCausalLM, # The chat model
                 seconds:float # So far
                )->dict: # What `summary.json` holds
     "Grade the chat model and put all figures together."
-    card,tales = (grade(model, tok, questions(n, seed=1, **kinds)) for n,kinds in ((200, {}), (50, dict(kinds=["stories"]))))
+    card,tales = (grade(model, tok, questions(n, seed=1, **kinds))
+                  for n,kinds in ((200, {}), (50, dict(kinds=["stories"]))))
     card["exact_answers"] |= tales["exact_answers"]
-    return dict(wall_seconds=round(seconds, 1), peak_memory_mb=round(peak_memory()/1e6), tokens_per_second=round(first["tokens_per_second"]), peak_share=round(first["mfu"], 4),
-                bits_per_byte={k: round(b, 4) for k,b in bits.items()}, **card, **{k: known[k] for k in ("precision", "steps", "sft_steps")},
-                parameters=model.num_parameters(), wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), interrupted=known["starts"] > 1)
+    return dict(wall_seconds=round(seconds, 1), peak_memory_mb=round(peak_memory()/1e6),
+                tokens_per_second=round(first["tokens_per_second"]),
+                peak_share=round(first["mfu"], 4),
+                bits_per_byte={k: round(b, 4) for k,b in bits.items()}, **card,
+                **{k: known[k] for k in ("precision", "steps", "sft_steps")},
+                parameters=model.num_parameters(), wait_policy=os.environ.get(
+                    "OMP_WAIT_POLICY", "default"), interrupted=known["starts"] > 1)
 
 # %% ../nbs/98_demo.ipynb #6e3c2ece
 def demo(out="runs/demo", # Everything that is made
@@ -119,29 +132,36 @@ def demo(out="runs/demo", # Everything that is made
     "From text to a chat, in stages; an interrupted demo goes on where it was."
     began,out,asked = time.monotonic(),Path(out),asked or resolve()
     tune_allocator()
-    say(f"bantam demo in {out}" + (f"; if it is broken off, go on with: {command}" if command else ""))
+    say(f"bantam demo in {out}" + (
+        f"; if it is broken off, go on with: {command}" if command else ""))
     for home in (out, out/"data", out/"base", out/"sft"): sweep(home)
     known = remember(out, asked)
     if (out/"summary.json").exists(): return closing(out, say)
     known = remember(out, asked, starts=known["starts"] + 1)
     tok,seconds = prepare(out, asked, say),lambda: known["seconds"] + time.monotonic() - began
-    if "steps" not in known: known = remember(out, asked, **decide(out, asked, tok, time.monotonic() - began, say))
-    config,base,tune = plan(asked, known["steps"], known["sft_steps"], known["precision"], out, tok.vocab_size)
+    if "steps" not in known:
+        known = remember(out, asked, **decide(out, asked, tok, time.monotonic() - began, say))
+    config,base,tune = plan(asked, known["steps"], known["sft_steps"], known["precision"], out,
+                            tok.vocab_size)
     train,valid = (block_loader(out, s, tok, base) for s in ("train", "valid"))
     floors = floors_of(train, valid, tok)
     seed_everything(base.seed)
     model = BantamForCausalLM(config)
-    say(f"pre-training {human(model.num_parameters())} parameters for {known['steps']} steps of {base.batch_size*base.accum_steps*base.seq_len} tokens")
-    first = train_stage(model, base, train, valid, tok, {f"{k} floor": f["loss"] for k,f in floors.items()}, command)
+    say(f"pre-training {human(model.num_parameters())} parameters for {known['steps']} steps of "
+        f"{base.batch_size*base.accum_steps*base.seq_len} tokens")
+    first = train_stage(model, base, train, valid, tok,
+                        {f"{k} floor": f["loss"] for k,f in floors.items()}, command)
     remember(out, asked, seconds=seconds())
     model = BantamForCausalLM.from_pretrained(out/"base"/"model")
     bits = dict(base=evaluate_model(model, valid, tok, 40)["bits_per_byte"])
     say(f"fine-tuning for {known['sft_steps']} steps of dialogues")
-    talk,heard = (sft_loader(dialogue_records(s, n), tok, tune, tune.seq_len, shuffle=s == "train") for s,n in (("train", 8000), ("valid", 400)))
+    talk,heard = (sft_loader(dialogue_records(s, n), tok, tune, tune.seq_len, shuffle=s == "train")
+                  for s,n in (("train", 8000), ("valid", 400)))
     say(show_start(talk, tok))
     train_stage(model, tune, talk, heard, tok, command=command)
     model = finish_chat(out)
-    bits |= dict(chat=evaluate_model(model, valid, tok, 40)["bits_per_byte"], **{k: f["bits_per_byte"] for k,f in floors.items()})
+    bits |= dict(chat=evaluate_model(model, valid, tok, 40)["bits_per_byte"],
+                 **{k: f["bits_per_byte"] for k,f in floors.items()})
     write_json(out/"summary.json", report_card(model, tok, first, bits, known, seconds()))
     return closing(out, say)
 
@@ -151,7 +171,9 @@ def dialogue_records(split:str, # `train` or `valid`
                      seed:int=0 # Of the generator
                     )->list: # Records
     "The offline dialogues that teach a model to talk."
-    return [Record(None, d["messages"], f"offline {split} dialogue {i}", dict(messages=d["messages"])) for i,d in enumerate(dialogues(n, seed=seed, split=split))]
+    return [Record(None, d["messages"], f"offline {split} dialogue {i}",
+                   dict(messages=d["messages"]))
+            for i,d in enumerate(dialogues(n, seed=seed, split=split))]
 
 def finish_chat(out:Path # The demo's folder
                )->BantamForCausalLM: # The chat model
@@ -161,19 +183,28 @@ def finish_chat(out:Path # The demo's folder
         GenerationArgs(**GREEDY).save(tmp)
     return BantamForCausalLM.from_pretrained(out/"chat")
 
-SCRIPT = ("Hello!", "Who are you?", "What is 27 + 48?", "What is the opposite of early?", "Tell me a joke.",
-          "Nobody was in a hurry. Ida was in the mill. Leo was in the barn. Ida went to the garden. Where is Ida?", "Thank you!", "Goodbye!")
+SCRIPT = ("Hello!", "Who are you?", "What is 27 + 48?", "What is the opposite of early?",
+          "Tell me a joke.",
+          "Nobody was in a hurry. Ida was in the mill. Leo was in the barn. "
+          "Ida went to the garden. Where is Ida?", "Thank you!", "Goodbye!")
 
 def closing(out:Path, # A demo's folder with everything in it
             say=print # Where lines for people go
            )->dict: # The summary
     "The report card, a conversation, and the command that opens a chat."
-    summary,chat = read_json(out/"summary.json"),BantamChat.from_pretrained(out/"chat", device="cpu")
-    for f,at in (("loss.png", "loss.png"), ("report.html", "report.html"), ("metrics.jsonl", "logs/metrics.jsonl")): shutil.copyfile(out/"base"/at, out/f)
+    summary,chat = (read_json(out/"summary.json"),
+                    BantamChat.from_pretrained(out/"chat", device="cpu"))
+    for f,at in (("loss.png", "loss.png"), ("report.html", "report.html"),
+                 ("metrics.jsonl", "logs/metrics.jsonl")):
+        shutil.copyfile(out/"base"/at, out/f)
     b = summary["bits_per_byte"]
-    say(f"bits per byte, held out: base {b['base']:.2f}, chat {b['chat']:.2f} (counting tokens alone {b['unigram']:.2f}, guessing {b['uniform']:.2f})")
-    say("exact answers, held out: " + ", ".join(f"{k} {v:.0%}" for k,v in summary["exact_answers"].items()) + f"; {summary['answers_that_end']:.0%} end by themselves")
-    say(f"{clock(summary['wall_seconds'])}, {summary['tokens_per_second']} tokens/s, {summary['peak_share']:.0%} of the machine's matrix peak, {summary['peak_memory_mb']} MB")
+    say(f"bits per byte, held out: base {b['base']:.2f}, chat {b['chat']:.2f} (counting tokens "
+        f"alone {b['unigram']:.2f}, guessing {b['uniform']:.2f})")
+    say("exact answers, held out: " + ", ".join(f"{k} {v:.0%}"
+                                                for k,v in summary["exact_answers"].items())
+        + f"; {summary['answers_that_end']:.0%} end by themselves")
+    say(f"{clock(summary['wall_seconds'])}, {summary['tokens_per_second']} tokens/s, "
+        f"{summary['peak_share']:.0%} of the machine's matrix peak, {summary['peak_memory_mb']} MB")
     for text in SCRIPT: say(f"\n  you    {text}\n  bantam {chat.say(text)}")
     write_json(out/"conversation.json", chat.history)
     say(f"\nIn a notebook:  from bantam import chat_cell; chat_cell({str(out/'chat')!r})")

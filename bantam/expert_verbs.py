@@ -16,8 +16,11 @@ from .train_verbs import shape_of, training, way_on
 from .verb import app, show_yaml
 
 # %% ../nbs/98g_expert_verbs.ipynb #d8eb4e3d
-experts = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a model with experts in the memory of one, and see what is there.")
-app.registered_groups[:] = [g for g in app.registered_groups if g.name != "experts"] # imported again: the new one holds
+experts = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
+                      help="Train a model with experts in the memory of one, "
+                           "and see what is there.")
+# imported again: the new one holds
+app.registered_groups[:] = [g for g in app.registered_groups if g.name != "experts"]
 app.add_typer(experts, name="experts")
 
 @under(experts, "experts")
@@ -28,9 +31,11 @@ def experts_train(config:Path|None=None, # Training file (training_args)
                   tokenizer:str|None=None, # Folder of a tokenizer, or `default`
                   out:Path|None=None, # The run folder
                   rounds:int=2, # Turns of each expert
-                  beginning:float=.25, # Share of the steps in which all learn the same, before the rounds
+                  # Share of the steps in which all learn the same, before the rounds
+                  beginning:float=.25,
                   share:float=.8, # Of what an expert learns in its turn, that the others take over
-                  resume_from:Path|None=None, # Go on with an interrupted run: its folder, or a checkpoint
+                  # Go on with an interrupted run: its folder, or a checkpoint
+                  resume_from:Path|None=None,
                   device:str|None=None, # auto, cpu, cuda, mps
                   seed:int|None=None, # Of weights, data order and samples
                   set:list[str]|None=None, # training_args.key=value or bantam_config.key=value
@@ -38,9 +43,14 @@ def experts_train(config:Path|None=None, # Training file (training_args)
                  )->None:
     "Train what all share and one expert at a time; only one expert is in memory."
     from bantam.args import TrainingArgs
-    args,model_set = training(TrainingArgs, config, set, dataset=dataset, tokenizer=tokenizer, out_dir=out, resume_from_checkpoint=resume_from, device=device, seed=seed)
-    shape,how = shape_of(mconf, preset, model_set),dict(rounds=rounds, beginning=beginning, share=share)
-    if print_config: return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict(), experts=how))
+    args,model_set = training(TrainingArgs, config, set, dataset=dataset, tokenizer=tokenizer,
+                              out_dir=out, resume_from_checkpoint=resume_from,
+                              device=device, seed=seed)
+    shape,how = (shape_of(mconf, preset, model_set),
+                 dict(rounds=rounds, beginning=beginning, share=share))
+    if print_config:
+        return show_yaml(dict(bantam_config=shape().to_dict(), training_args=args.to_dict(),
+                              experts=how))
     from bantam.train.turns import train_experts
     result = train_experts(args, shape, **how, command=way_on(args.out_dir))
     if "whole_loss" in result: print(f"held-out loss with all experts: {result['whole_loss']:.4f}")
@@ -50,7 +60,8 @@ def experts_train(config:Path|None=None, # Training file (training_args)
 @under(experts, "experts")
 def experts_list(model:Path # A run folder, a checkpoint, or a model folder
                 )->None:
-    "Which experts a model has, how large they are, how long each was trained, whether they are whole."
+    """Which experts a model has, how large they are, how long each was trained, whether they are
+    whole."""
     from bantam.train.checkpoint import weights_folder
     from bantam.train.experts import list_experts
     folder = weights_folder(model)
@@ -59,6 +70,9 @@ def experts_list(model:Path # A run folder, a checkpoint, or a model folder
     rows = list_experts(folder)
     for r in rows:
         steps = f"{said['steps'][r['expert']]:7} steps" if said else ""
-        print(f"{r['expert']:3}  {human(r['parameters']):>6} parameters  {steps}  {r['state']}  {r['file']}{'  (in memory last)' if said.get('active') == r['expert'] else ''}")
+        print(f"{r['expert']:3}  {human(r['parameters']):>6} parameters  {steps}  {r['state']}  "
+              f"{r['file']}{'  (in memory last)' if said.get('active') == r['expert'] else ''}")
     bad = [r for r in rows if r["state"] != "whole"]
-    if bad: raise BantamError(f"{len(bad)} of {len(rows)} experts of {folder} cannot be used; take another copy, or an earlier checkpoint")
+    if bad:
+        raise BantamError(f"{len(bad)} of {len(rows)} experts of {folder} cannot be used; "
+                          "take another copy, or an earlier checkpoint")

@@ -20,23 +20,30 @@ from .settings import positive, strict
 @dataclass(frozen=True, kw_only=True)
 class CoreFields:
     "Width, depth, heads, norms and how fresh weights begin."
-    model_type:Literal["bantam"]="bantam" # Accepted and checked, so that a `config.json` names its family
+    # Accepted and checked, so that a `config.json` names its family
+    model_type:Literal["bantam"]="bantam"
     vocab_size:int=32000 # Rows of the embedding, V
     hidden_size:int=2048 # Width of the residual stream, D
     intermediate_size:int=5632 # Width inside the feed-forward part, F
     num_hidden_layers:int=24 # Blocks, L
     num_attention_heads:int=32 # Query heads, H
-    num_key_value_heads:int=8 # Key and value heads, G; each serves H/G query heads (Ainslie et al., 2023)
+    # Key and value heads, G; each serves H/G query heads (Ainslie et al., 2023)
+    num_key_value_heads:int=8
     head_dim:int|None=None # Width of a head, K; None is D/H
     max_position_embeddings:int=4096 # Longest sequence, in tokens
-    tie_word_embeddings:bool=True # Output layer and embedding share one matrix (Press and Wolf, 2017)
+    # Output layer and embedding share one matrix (Press and Wolf, 2017)
+    tie_word_embeddings:bool=True
     rms_norm_eps:float=1e-6 # Added under the root of every norm
-    norm_type:Literal["rmsnorm", "layernorm"]="rmsnorm" # Zhang and Sennrich (2019), or Ba et al. (2016)
-    norm_placement:Literal["pre", "post", "both", "deepnorm"]="pre" # Before the sub-layer, behind it, on both sides, or DeepNorm (Wang et al., 2022)
+    # Zhang and Sennrich (2019), or Ba et al. (2016)
+    norm_type:Literal["rmsnorm", "layernorm"]="rmsnorm"
+    # Before the sub-layer, behind it, on both sides, or DeepNorm (Wang et al., 2022)
+    norm_placement:Literal["pre", "post", "both", "deepnorm"]="pre"
     initializer_range:float=0.02 # Standard deviation of fresh weights
-    residual_init:Literal["scaled", "zero"]="scaled" # Weights into the residual stream: std / sqrt(2L) (GPT-2), or zero
+    # Weights into the residual stream: std / sqrt(2L) (GPT-2), or zero
+    residual_init:Literal["scaled", "zero"]="scaled"
     residual_dropout:float=0. # Probability on what each sub-layer adds to the residual stream
-    stochastic_depth_rate:float=0. # Layer i is left out with this times (i+1)/L, in training (Huang et al., 2016)
+    # Layer i is left out with this times (i+1)/L, in training (Huang et al., 2016)
+    stochastic_depth_rate:float=0.
     pad_token_id:int=1 # Fills rows up
     bos_token_id:int=2 # Starts a document
     eos_token_id:int=3 # Ends a document
@@ -46,32 +53,43 @@ class CoreFields:
 @dataclass(frozen=True, kw_only=True)
 class AttentionFields:
     "Heads, masks, scores and how they are computed."
-    attn_type:Literal["gqa", "mla"]="gqa" # Grouped heads, or multi-head latent attention (DeepSeek-AI, 2024)
-    attn_impl:Literal["auto", "sdpa", "flex", "eager"]="auto" # How attention is computed; all give the same numbers
+    # Grouped heads, or multi-head latent attention (DeepSeek-AI, 2024)
+    attn_type:Literal["gqa", "mla"]="gqa"
+    # How attention is computed; all give the same numbers
+    attn_impl:Literal["auto", "sdpa", "flex", "eager"]="auto"
     attention_bias:bool=False # Learned constants on query, key, value and output products
     attention_dropout:float=0. # Probability on the attention probabilities
-    attention_head_groups:list[dict]|None=None # Unequal groups in a layer: query_heads, kv_heads, head_dim of each
-    qk_norm:Literal[False, True, "full"]=False # RMS-normalise queries and keys: per head (Dehghani et al., 2023), or "full": all heads as one (OLMo 2)
+    # Unequal groups in a layer: query_heads, kv_heads, head_dim of each
+    attention_head_groups:list[dict]|None=None
+    # RMS-normalise queries and keys: per head (Dehghani et al., 2023); "full": as one (OLMo 2)
+    qk_norm:Literal[False, True, "full"]=False
     qk_norm_eps:float=1e-6 # Added under the root of these norms
     attn_temperature:float=1. # Divides every score
-    attn_logit_softcapping:float|None=None # c: scores become c tanh(score / c) (Gemma 2); None does not bend
+    # c: scores become c tanh(score / c) (Gemma 2); None does not bend
+    attn_logit_softcapping:float|None=None
     window:int|None=None # A query sees itself and the window - 1 keys before it; None sees all
-    num_attention_sinks:int=0 # First tokens of a document that stay visible past the window (Xiao et al., 2023)
+    # First tokens of a document that stay visible past the window (Xiao et al., 2023)
+    num_attention_sinks:int=0
     sink_boost:float=0. # Added to the scores of these tokens
-    learned_sinks:bool=False # A learned score per head that takes attention and gives nothing (gpt-oss, 2025)
+    # A learned score per head that takes attention and gives nothing (gpt-oss, 2025)
+    learned_sinks:bool=False
     block_mask_cache_cap:int=32 # Block masks of the flex path that are kept
     block_mask_cache_device:str|None=None # Where they are kept; None is where they are used
     q_lora_rank:int|None=None # MLA: width of the compressed queries; None does not compress them
-    kv_lora_rank:int|None=None # MLA: width of the compressed keys and values, which is what the cache holds
-    qk_nope_head_dim:int|None=None # MLA: width of the part of a head without position; None is head_dim
-    qk_rope_head_dim:int|None=None # MLA: width of the rotated part, one for all heads; None is head_dim / 2
+    # MLA: width of the compressed keys and values, which is what the cache holds
+    kv_lora_rank:int|None=None
+    # MLA: width of the part of a head without position; None is head_dim
+    qk_nope_head_dim:int|None=None
+    # MLA: width of the rotated part, one for all heads; None is head_dim / 2
+    qk_rope_head_dim:int|None=None
     v_head_dim:int|None=None # MLA: width of a value; None is head_dim
 
 # %% ../nbs/00c_fields.ipynb #02a4fc03
 @dataclass(frozen=True, kw_only=True)
 class PositionFields:
     "How the model knows where a token stands."
-    pos_encoding:Literal["rope", "alibi", "learned", "sinusoidal", "none"]="rope" # Rotary angles, biases on the scores (Press et al., 2022), vectors added to the embeddings, or nothing
+    # Rotary angles, score biases (Press et al., 2022), vectors added to embeddings, or nothing
+    pos_encoding:Literal["rope", "alibi", "learned", "sinusoidal", "none"]="rope"
     rope_theta:float=10000.0 # Base of the rotary angles (Su et al., 2021)
     rope_scaling:dict|None=None # Fields of `RopeScaling`, for texts longer than the trained ones
     partial_rotary_factor:float=1. # Share of a head that is rotated, from its front
@@ -79,16 +97,22 @@ class PositionFields:
 @strict
 class RopeScaling:
     "How rotary angles are stretched; a field that a type does not read is refused."
-    type:Literal["linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] # Also read as `rope_type`
+    # Also read as `rope_type`
+    type:Literal["linear", "ntk", "dynamic", "yarn", "llama3", "longrope"]
     factor:float|None=None # How many times longer than trained
     original_max_position_embeddings:int|None=None # Length of training; None is the model's maximum
-    short_factor:list[float]|None=None # longrope: one per pair of features, up to the trained length
+    # longrope: one per pair of features, up to the trained length
+    short_factor:list[float]|None=None
     long_factor:list[float]|None=None # longrope: the same past it
-    low_freq_factor:float|None=None # llama3: wavelengths above original / this are divided by the factor
+    # llama3: wavelengths above original / this are divided by the factor
+    low_freq_factor:float|None=None
     high_freq_factor:float|None=None # llama3: wavelengths below original / this stay
-    beta_fast:float|None=None # yarn: pairs that turn more often than this over the trained length stay; None is 32
-    beta_slow:float|None=None # yarn: pairs that turn less often are divided by the factor; None is 1
-    attention_factor:float|None=None # yarn, longrope: multiplies queries and keys; None is the paper's
+    # yarn: pairs that turn more often than this over the trained length stay; None is 32
+    beta_fast:float|None=None
+    # yarn: pairs that turn less often are divided by the factor; None is 1
+    beta_slow:float|None=None
+    # yarn, longrope: multiplies queries and keys; None is the paper's
+    attention_factor:float|None=None
     truncate:bool|None=None # yarn: round the borders of the ramp to whole pairs; None does
 
 # %% ../nbs/00c_fields.ipynb #d3853fbd
@@ -119,7 +143,8 @@ def check(self:RopeScaling)->None:
         need(getattr(self, n) is not None, f"rope_scaling type {kind} needs {n}")
     need(self.factor is None or self.factor >= 1,
          f"rope_scaling factor must be at least 1, got {self.factor}")
-    limits = (("high_freq_factor", "low_freq_factor", (None, None)), ("beta_fast", "beta_slow", (32, 1)))
+    limits = (("high_freq_factor", "low_freq_factor", (None, None)),
+              ("beta_fast", "beta_slow", (32, 1)))
     for high,low,default in limits:
         h,l = (getattr(self, n) or d for n,d in zip((high, low), default))
         need(h is None or h > l, f"rope_scaling {high} {h} must be above {low} {l}")
@@ -130,33 +155,45 @@ def check(self:RopeScaling)->None:
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardFields:
     "One feed-forward part, or experts behind a router."
-    ffn_type:Literal["swiglu", "geglu", "reglu", "glu", "gelu", "relu", "relu2", "clipped_swiglu"]="swiglu" # Shazeer (2020); relu2: So et al. (2021); clipped: gpt-oss
+    # Shazeer (2020); relu2: So et al. (2021); clipped: gpt-oss
+    ffn_type:Literal["swiglu", "geglu", "reglu", "glu", "gelu", "relu", "relu2",
+                     "clipped_swiglu"]="swiglu"
     mlp_bias:bool=False # Learned constants in the feed-forward part
     mlp_dropout:float=0. # Probability on its inner activations
-    expert_type:Literal["dense", "dense_moe", "switch", "topk", "sparse", "expert_choice", "shared"]="dense" # See above; `sparse` is another name of `topk`
+    # See above; `sparse` is another name of `topk`
+    expert_type:Literal["dense", "dense_moe", "switch", "topk", "sparse", "expert_choice",
+                        "shared"]="dense"
     num_experts:int=8 # Experts of a layer, E
     moe_top_k:int=2 # Experts of a token; `switch` takes one
     moe_num_shared:int=0 # Experts that every token visits; only with `shared`
     moe_intermediate_size:int|None=None # Width inside an expert; None is intermediate_size
-    moe_capacity_factor:float|None=1. # Room of an expert: factor x tokens / experts, per slot, in training; None has no limit. With `expert_choice`: how many tokens it picks, always
-    moe_drop_policy:Literal["first", "random"]="first" # Who keeps the room: the tokens that come first, or a random choice
-    moe_router_jitter:float=0. # Router inputs are multiplied by 1 +- this, in training (Fedus et al., 2021)
+    # Room of an expert in training: factor x tokens / experts, or None; `expert_choice` picks so
+    moe_capacity_factor:float|None=1.
+    # Who keeps the room: the tokens that come first, or a random choice
+    moe_drop_policy:Literal["first", "random"]="first"
+    # Router inputs are multiplied by 1 +- this, in training (Fedus et al., 2021)
+    moe_router_jitter:float=0.
     moe_router_bias:bool=False # Learned constants on the router's scores
-    moe_score:Literal["softmax", "sigmoid"]="softmax" # Router scores compete, or stand alone (DeepSeek-V3, which also ranks groups by their two best experts)
-    moe_renormalize:bool=True # Weights of the chosen experts sum to one; `switch` and `expert_choice` keep the scores as they are
+    # Router scores compete, or stand alone (DeepSeek-V3, whose groups rank by their best two)
+    moe_score:Literal["softmax", "sigmoid"]="softmax"
+    # Weights of the chosen experts sum to one; not in `switch` and `expert_choice`
+    moe_renormalize:bool=True
     moe_groups:int=1 # Experts stand in groups, of which a token may enter some (DeepSeek-V2)
     moe_top_groups:int=1 # How many
     moe_routed_scale:float=1. # Multiplies what the routed experts give
     moe_aux_loss_weight:float=.01 # Balance loss (Fedus et al., 2021)
     moe_router_z_loss_weight:float=.001 # Keeps router scores small (Zoph et al., 2022)
-    moe_bias_balancing:bool=False # Balance by a bias on the choice, without a loss (Wang et al., 2024)
+    # Balance by a bias on the choice, without a loss (Wang et al., 2024)
+    moe_bias_balancing:bool=False
     moe_bias_update_rate:float=.001 # Step of that bias
 
 # %% ../nbs/00c_fields.ipynb #5857a898
 @dataclass(frozen=True, kw_only=True)
 class LossFields:
     "The two ends of the model."
-    label_smoothing:float=0. # Share of the target that is spread over the vocabulary (Szegedy et al., 2016)
-    z_loss_weight:float=0. # Times the squared log of the softmax's denominator (Chowdhery et al., 2022)
+    # Share of the target that is spread over the vocabulary (Szegedy et al., 2016)
+    label_smoothing:float=0.
+    # Times the squared log of the softmax's denominator (Chowdhery et al., 2022)
+    z_loss_weight:float=0.
     final_logit_softcapping:float|None=None # c: logits become c tanh(logit / c); None does not bend
     scaled_embeddings:bool=False # Embeddings are multiplied by sqrt(D) (Vaswani et al., 2017)

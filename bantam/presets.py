@@ -21,7 +21,8 @@ def small_shape(width:int, # D
                 context:int # Longest sequence, in tokens
                )->dict:
     "The fields of a small preset: F is 8/3 D, rounded up to 64."
-    return dict(hidden_size=width, intermediate_size=math.ceil(width*8/3/64)*64, num_hidden_layers=layers, num_attention_heads=heads,
+    return dict(hidden_size=width, intermediate_size=math.ceil(width*8/3/64)*64,
+                num_hidden_layers=layers, num_attention_heads=heads,
                 num_key_value_heads=heads, max_position_embeddings=context)
 
 def dense_shape(width:int, # D
@@ -32,10 +33,12 @@ def dense_shape(width:int, # D
                )->dict:
     "The fields of a larger preset, with context 4096."
     G = kv_heads or heads
-    shape = small_shape(width, layers, heads, 4096) | dict(intermediate_size=inner, num_key_value_heads=G)
+    shape = small_shape(width, layers, heads, 4096) | dict(intermediate_size=inner,
+                                                           num_key_value_heads=G)
     if heads % G == 0: return shape
     K = width//heads
-    return shape | dict(attention_head_groups=[dict(query_heads=heads-1, kv_heads=G-1, head_dim=K), dict(query_heads=1, kv_heads=1, head_dim=K)])
+    return shape | dict(attention_head_groups=[dict(query_heads=heads-1, kv_heads=G-1, head_dim=K),
+                                               dict(query_heads=1, kv_heads=1, head_dim=K)])
 
 def expert_shape(width:int, # D
                  inner:int, # F, of the dense layers and of every expert
@@ -45,17 +48,27 @@ def expert_shape(width:int, # D
                  experts:int # E
                 )->dict:
     "`dense_shape` with experts behind the first quarter of the layers."
-    return dense_shape(width, inner, layers, heads, kv_heads) | dict(expert_type="topk", num_experts=experts, layer_configs=[dict(expert_type="dense")]*(layers//4))
+    return dense_shape(width, inner, layers, heads,
+                       kv_heads) | dict(expert_type="topk", num_experts=experts,
+                                        layer_configs=[dict(expert_type="dense")]*(layers//4))
 
 PRESETS = dict(
-    tiny=small_shape(128, 4, 4, 128), small=small_shape(256, 6, 8, 256), medium=small_shape(512, 12, 8, 512), large=small_shape(768, 24, 12, 1024),
-    gpt2=small_shape(768, 12, 12, 1024) | dict(vocab_size=50257, intermediate_size=3072, norm_type="layernorm", rms_norm_eps=1e-5, pos_encoding="learned", ffn_type="gelu",
+    tiny=small_shape(128, 4, 4, 128), small=small_shape(256, 6, 8, 256),
+    medium=small_shape(512, 12, 8, 512), large=small_shape(768, 24, 12, 1024),
+    gpt2=small_shape(768, 12, 12, 1024) | dict(vocab_size=50257, intermediate_size=3072,
+                                               norm_type="layernorm", rms_norm_eps=1e-5,
+                                               pos_encoding="learned", ffn_type="gelu",
                                                attention_bias=True, mlp_bias=True),
-    dense_25m=dense_shape(320, 1280, 10, 5), dense_40m=dense_shape(384, 1536, 12, 6), dense_65m=dense_shape(480, 1920, 12, 8),
+    dense_25m=dense_shape(320, 1280, 10, 5), dense_40m=dense_shape(384, 1536, 12, 6),
+    dense_65m=dense_shape(480, 1920, 12, 8),
     dense_75m=dense_shape(512, 2048, 12, 8), dense_175m=dense_shape(576, 2304, 16, 9),
-    mac_nano=expert_shape(448, 1792, 12, 7, 4, 5), mac_mini=expert_shape(512, 2304, 14, 8, 4, 6), mac_base=expert_shape(640, 2560, 16, 10, 5, 8),
-    mac_plus=expert_shape(704, 2816, 18, 11, 6, 8), micro=expert_shape(768, 3072, 16, 12, 6, 6), standard=expert_shape(1024, 4096, 24, 16, 8, 4),
-    expert_75m=expert_shape(896, 28672, 16, 14, 7, 6), expert_100m=expert_shape(1024, 26214, 16, 16, 8, 5), expert_200m=expert_shape(1280, 52148, 18, 20, 10, 8))
+    mac_nano=expert_shape(448, 1792, 12, 7, 4, 5), mac_mini=expert_shape(512, 2304, 14, 8, 4, 6),
+    mac_base=expert_shape(640, 2560, 16, 10, 5, 8),
+    mac_plus=expert_shape(704, 2816, 18, 11, 6, 8), micro=expert_shape(768, 3072, 16, 12, 6, 6),
+    standard=expert_shape(1024, 4096, 24, 16, 8, 4),
+    expert_75m=expert_shape(896, 28672, 16, 14, 7, 6),
+    expert_100m=expert_shape(1024, 26214, 16, 16, 8, 5),
+    expert_200m=expert_shape(1280, 52148, 18, 20, 10, 8))
 
 # %% ../nbs/01b_presets.ipynb #d9dcc841
 @patch(cls_method=True)
@@ -64,7 +77,9 @@ def from_preset(cls:BantamConfig,
                 **changes # Fields that differ
                ):
     "The named shape, with changes."
-    if name not in PRESETS: raise BantamError(f"preset '{name}' is unknown{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise BantamError(f"preset '{name}' is unknown{nearest(name, PRESETS)}; "
+                          f"there are {', '.join(PRESETS)}")
     return cls(**PRESETS[name] | changes)
 
 @patch(cls_method=True)

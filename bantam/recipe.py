@@ -25,29 +25,36 @@ from .text.tokenizer import BantamTokenizer
 from .train.optim import build_optimizer
 
 # %% ../nbs/97a_recipe.ipynb #82d01ab5
-MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=256,
              qk_norm=True, residual_init="zero")
-TRAIN = dict(seq_len=256, batch_size=16, accum_steps=1, lr=5e-3, muon_lr=2e-2, lr_scheduler="linear", min_lr_ratio=0., warmup_frac=.02, log_every_n=20,
+TRAIN = dict(seq_len=256, batch_size=16, accum_steps=1, lr=5e-3, muon_lr=2e-2,
+             lr_scheduler="linear", min_lr_ratio=0., warmup_frac=.02, log_every_n=20,
              eval_batches=8, keep_last_k=2, document_mask=True)
 TUNE = dict(lr=2e-3, muon_lr=5e-3, batch_size=16, template="bantam", sft_mode="full")
-MINUTES,SFT_SHARE,RESERVE = 8.5,.15,50. # Time in all; share of the training steps that fine-tune; seconds kept for everything after training
+# Time in all; share of the steps that fine-tune; seconds kept for what follows training
+MINUTES,SFT_SHARE,RESERVE = 8.5,.15,50.
 
 def resolve(corpus:str|None=None, # offline (the default), stdlib, shakespeare, chitchat
             text=None, # Or a text file or folder
             minutes:float|None=None, # How long it may take in all
             steps:int|None=None, # Pre-training steps, instead of minutes
             seed:int=0, # Of everything
-            overrides=() # Texts `training_args.key=value`, `sft_args.key=value`, `bantam_config.key=value`
+            # Texts `training_args.key=value`, `sft_args.key=value`, `bantam_config.key=value`
+            overrides=()
            )->dict: # What was asked, checked and ready for JSON
     "Check the few words that describe a demo."
     if corpus and text: raise BantamError("--corpus and --text contradict each other; name one")
     if corpus and corpus not in CORPORA:
-        raise BantamError(f"corpus '{corpus}' is unknown{nearest(corpus, CORPORA)}; there are {', '.join(CORPORA)}")
+        raise BantamError(f"corpus '{corpus}' is unknown{nearest(corpus, CORPORA)}; "
+                          f"there are {', '.join(CORPORA)}")
     if text and not Path(text).exists(): raise BantamError(f"{text} does not exist; check the path")
     if minutes and steps: raise BantamError("--minutes and --steps contradict each other; give one")
-    if minutes is not None and not minutes >= 1: raise BantamError(f"minutes must be at least 1, got {minutes}")
+    if minutes is not None and not minutes >= 1:
+        raise BantamError(f"minutes must be at least 1, got {minutes}")
     if steps is not None and steps < 1: raise BantamError(f"steps must be at least 1, got {steps}")
-    asked = dict(corpus=None if text else corpus or "offline", text=str(Path(text).absolute()) if text else None,
+    asked = dict(corpus=None if text else corpus or "offline",
+                 text=str(Path(text).absolute()) if text else None,
                  minutes=None if steps else float(minutes or MINUTES), steps=steps, seed=seed)
     sections,known = apply_overrides({}, overrides),["training_args", "sft_args", "bantam_config"]
     for s in sections:
@@ -69,10 +76,13 @@ def plan(asked:dict, # From `resolve`
     config = BantamConfig(**dict(vocab_size=vocab_size) | MODEL | change.get("bantam_config", {}))
     base = TRAIN | dict(seed=asked["seed"], precision=precision) | change.get("training_args", {})
     base |= dict(seq_len=min(base["seq_len"], config.max_position_embeddings))
-    every = dict(eval_every_n=max(1, steps//12), save_every_n=max(1, steps//12), sample_every_n=max(1, steps//4))
+    every = dict(eval_every_n=max(1, steps//12), save_every_n=max(1, steps//12),
+                 sample_every_n=max(1, steps//4))
     quarter = max(1, sft_steps//4)
-    tune = base | dict(sample_every_n=0, eval_every_n=quarter, save_every_n=quarter) | TUNE | change.get("sft_args", {})
-    return (config, TrainingArgs(**every | base | dict(max_steps=steps, out_dir=str(Path(out)/"base"))),
+    tune = base | dict(sample_every_n=0, eval_every_n=quarter,
+                       save_every_n=quarter) | TUNE | change.get("sft_args", {})
+    return (config, TrainingArgs(**every | base | dict(max_steps=steps,
+                                                       out_dir=str(Path(out)/"base"))),
             SFTArgs(**tune | dict(max_steps=sft_steps, out_dir=str(Path(out)/"sft"))))
 
 # %% ../nbs/97a_recipe.ipynb #ffe91909
@@ -82,8 +92,10 @@ def block_loader(out:Path, # The demo's folder
                  args:TrainingArgs # `seq_len`, `batch_size`, `seed`, `document_mask`
                 )->Loader:
     "Batches of one side of the corpus; held-out ones in their own order."
-    data = BlockDataset(Shards(out/"data"/split, tok, verify=False), args.seq_len, args.document_mask)
-    return Loader(data, args.batch_size if split == "train" else min(args.batch_size, len(data)), seed=args.seed, shuffle=split == "train")
+    data = BlockDataset(Shards(out/"data"/split, tok, verify=False), args.seq_len,
+                        args.document_mask)
+    return Loader(data, args.batch_size if split == "train" else min(args.batch_size, len(data)),
+                  seed=args.seed, shuffle=split == "train")
 
 def step_seconds(config:BantamConfig, # The model
                  args:TrainingArgs, # The run; its `precision` is measured
@@ -98,8 +110,12 @@ def step_seconds(config:BantamConfig, # The model
     optimizer = build_optimizer(model, args)
     for i in range(warmups + steps):
         start = time.perf_counter()
-        with autocast(device, args.precision): loss = model(**data.batch(i).to(device).model_inputs()).loss
-        loss.backward(); optimizer.clip_grad_norm(args.grad_clip); optimizer.step(0.); optimizer.zero_grad()
+        with autocast(device, args.precision):
+            loss = model(**data.batch(i).to(device).model_inputs()).loss
+        loss.backward()
+        optimizer.clip_grad_norm(args.grad_clip)
+        optimizer.step(0.)
+        optimizer.zero_grad()
         loss.item()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[warmups:])
@@ -121,10 +137,12 @@ def decide(out:Path, # The demo's folder
             config,args,_ = plan(asked, 100, 10, p, out, tok.vocab_size)
             took[p] = step_seconds(config, args, block_loader(out, "train", tok, args))
         precision = min(took, key=took.get)
-        say("a step takes " + ", ".join(f"{1000*s:.0f} ms in {p}" for p,s in took.items()) + f"; using {precision}")
+        say("a step takes " + ", ".join(f"{1000*s:.0f} ms in {p}" for p,s in took.items())
+            + f"; using {precision}")
         left = 60*(asked["minutes"] or 0) - spent - RESERVE
         steps = steps or max(20, int(left*(1-SFT_SHARE)/took[precision]/1.08))
-    return dict(steps=steps, sft_steps=max(2, round(steps*SFT_SHARE/(1-SFT_SHARE))), precision=precision)
+    return dict(steps=steps, sft_steps=max(2, round(steps*SFT_SHARE/(1-SFT_SHARE))),
+                precision=precision)
 
 # %% ../nbs/97a_recipe.ipynb #fbdb9d49
 def remember(out:Path, # The demo's folder
@@ -134,8 +152,11 @@ def remember(out:Path, # The demo's folder
     "Lay down what was asked and decided; refuse a folder that holds another demo."
     note = Path(out)/"demo.json"
     known = read_json(note) if note.exists() else dict(asked=asked, seconds=0., starts=0)
-    odd = [f"{k} was {known['asked'].get(k)!r}, now {v!r}" for k,v in asked.items() if known["asked"].get(k) != v]
-    if odd: raise BantamError(f"{out} holds another demo ({'; '.join(odd)}); give the same options, or another --out")
+    odd = [f"{k} was {known['asked'].get(k)!r}, now {v!r}"
+           for k,v in asked.items() if known["asked"].get(k) != v]
+    if odd:
+        raise BantamError(f"{out} holds another demo ({'; '.join(odd)}); give the same options, "
+                          "or another --out")
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, known | more)
     return known | more

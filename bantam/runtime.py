@@ -32,8 +32,10 @@ def rng_state()->dict: # {name: integer tensor}, ready for safetensors
     "The state of every generator."
     _,py,gauss = random.getstate()
     _,keys,pos,has_gauss,cached = np.random.get_state()
-    state = dict(python=torch.tensor(py, dtype=torch.int64), numpy=torch.from_numpy(keys.astype(np.int64)),
-                 numpy_rest=torch.tensor([pos, has_gauss, cached], dtype=torch.float64), torch=torch.get_rng_state(),
+    state = dict(python=torch.tensor(py, dtype=torch.int64),
+                 numpy=torch.from_numpy(keys.astype(np.int64)),
+                 numpy_rest=torch.tensor([pos, has_gauss, cached], dtype=torch.float64),
+                 torch=torch.get_rng_state(),
                  python_gauss=torch.tensor([gauss is not None, gauss or 0.], dtype=torch.float64))
     for i in range(torch.cuda.device_count()): state[f"cuda_{i}"] = torch.cuda.get_rng_state(i)
     return state
@@ -44,7 +46,8 @@ def set_rng_state(state:dict # What `rng_state` gave
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[1] if gauss[0] else None))
     pos,has_gauss,cached = state["numpy_rest"].tolist()
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(pos), int(has_gauss), cached))
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(pos),
+                         int(has_gauss), cached))
     torch.set_rng_state(state["torch"])
     for i in range(torch.cuda.device_count()):
         if f"cuda_{i}" in state: torch.cuda.set_rng_state(state[f"cuda_{i}"], i)
@@ -53,11 +56,15 @@ def set_rng_state(state:dict # What `rng_state` gave
 def pick_device(name:str="auto" # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
                )->torch.device: # `auto` takes CUDA, then MPS, then the CPU
     "The device of that name, refused when this machine has none."
-    kinds = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available, cpu=lambda: True)
+    kinds = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available,
+                 cpu=lambda: True)
     if name == "auto": return torch.device(next(k for k,there in kinds.items() if there()))
     kind,_,index = name.partition(":")
-    if kind not in kinds: raise BantamError(f"device '{name}' is unknown; use auto, cpu, cuda or mps{nearest(kind, kinds)}")
-    if not kinds[kind]() or (index and not index.isdigit()) or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+    if kind not in kinds:
+        raise BantamError(f"device '{name}' is unknown; use auto, cpu, "
+                          f"cuda or mps{nearest(kind, kinds)}")
+    if (not kinds[kind]() or (index and not index.isdigit())
+        or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count())):
         raise BantamError(f"device '{name}' is not on this machine; use device: auto")
     return torch.device(name)
 
@@ -76,21 +83,26 @@ def pick_precision(device:torch.device, # Where training will run
                   )->str: # `bf16`, `fp16` or `fp32`
     "`auto` is bf16 where the device has units for it, else fp32."
     if wanted == "auto": return "bf16" if has_bf16(device) else "fp32"
-    if wanted not in ("bf16", "fp16", "fp32"): raise BantamError(f"precision '{wanted}' is unknown; use auto, bf16, fp16 or fp32")
-    if wanted == "fp16" and device.type == "cpu": raise BantamError("precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if wanted not in ("bf16", "fp16", "fp32"):
+        raise BantamError(f"precision '{wanted}' is unknown; use auto, bf16, fp16 or fp32")
+    if wanted == "fp16" and device.type == "cpu":
+        raise BantamError("precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     return wanted
 
 def autocast(device:torch.device, # Where the products run
              precision:str # What `pick_precision` gave
             ):
-    "The context in which the forward pass runs: matrix products in `precision`, the rest in float32."
+    """The context in which the forward pass runs: matrix products in `precision`, the rest in
+    float32."""
     if precision == "fp32": return nullcontext()
-    return torch.autocast(device.type, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[precision])
+    return torch.autocast(device.type, dtype=dict(bf16=torch.bfloat16,
+                                                  fp16=torch.float16)[precision])
 
 # %% ../nbs/00a_runtime.ipynb #26c071ae
-def tune_allocator(keep:int=2**30 # Bytes: blocks below this size, and free memory up to it, stay with the process
+def tune_allocator(keep:int=2**30 # Bytes: smaller blocks, and free memory up to it, stay here
                   )->bool: # Was it done? (only glibc knows `mallopt`)
-    "Let the C allocator keep memory between steps. glibc `malloc.h`: M_TRIM_THRESHOLD -1, M_TOP_PAD -2, M_MMAP_THRESHOLD -3."
+    """Let the C allocator keep memory between steps. glibc `malloc.h`: M_TRIM_THRESHOLD -1,
+    M_TOP_PAD -2, M_MMAP_THRESHOLD -3."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc": return False
     mallopt = ctypes.CDLL(None).mallopt
     return all([mallopt(-3, min(keep, 2**30)), mallopt(-1, 2**31-1), mallopt(-2, 64*2**20)])
@@ -98,10 +110,12 @@ def tune_allocator(keep:int=2**30 # Bytes: blocks below this size, and free memo
 # %% ../nbs/00a_runtime.ipynb #1ad7ec3c
 def peak_memory(device:torch.device=torch.device("cpu") # CUDA counts what PyTorch took there
                )->int: # Bytes
-    "The most memory that this process has held so far; where Linux tells it, without what its parent held when it was forked."
+    """The most memory that this process has held so far; where Linux tells it, without what its
+    parent held when it was forked."""
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status") as f: return next(int(l.split()[1]) for l in f if l.startswith("VmHWM")) * 1024
+        with open("/proc/self/status") as f:
+            return next(int(l.split()[1]) for l in f if l.startswith("VmHWM")) * 1024
     except (OSError, StopIteration): pass # another system, or a container that hides it
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -111,7 +125,8 @@ def matmul_peak(device:torch.device, # Where to multiply
                 size:int=0, # Rows and columns; 0 takes 1024 on a CPU and 8192 elsewhere
                 repeats:int=8 # Products, of which the fastest counts
                )->float: # Floating point operations per second
-    "The machine's own limit: the fastest of a few square matrix products, 2 x size^3 operations each."
+    """The machine's own limit: the fastest of a few square matrix products, 2 x size^3 operations
+    each."""
     size = size or (1024 if device.type == "cpu" else 8192)
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
     gen = torch.Generator().manual_seed(0)

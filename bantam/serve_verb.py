@@ -20,14 +20,16 @@ def web(): # The modules of the server
         import bantam.chat.server as server
     except ImportError as e:
         if (e.name or "bantam").startswith("bantam"): raise # a fault of ours, not a missing package
-        raise BantamError(f"serve needs {e.name}, which is not installed: pip install 'bantam-lm[serve]'") from None
+        raise BantamError(f"serve needs {e.name}, which is not installed: "
+                          "pip install 'bantam-lm[serve]'") from None
     return server
 
 # %% ../nbs/98f_serve_verb.ipynb #e957938e
 def name_of(folder:Path # A model folder, a checkpoint, or a run folder
            )->str:
     "What clients call the model."
-    parts = [p for p in Path(folder).resolve().parts if p not in ("model", "checkpoints", os.sep) and not p.startswith("step-")]
+    parts = [p for p in Path(folder).resolve().parts if p not in ("model", "checkpoints", os.sep)
+             and not p.startswith("step-")]
     return parts[-1] if parts else "bantam"
 
 def open_model(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
@@ -42,18 +44,24 @@ def open_model(model:Path, # A model folder, a checkpoint, a run folder, or an a
     from bantam.decode.reader import in_precision
     from bantam.train.checkpoint import weights_folder
     from bantam.tune.lora import is_adapter
-    talk = BantamChat.from_pretrained(model if is_adapter(model) else weights_folder(model), device=device, template=template)
-    return Served(name or name_of(model), in_precision(talk.model, precision), talk.tokenizer, talk.template, talk.generation)
+    talk = BantamChat.from_pretrained(model if is_adapter(model) else weights_folder(model),
+                                      device=device, template=template)
+    return Served(name or name_of(model), in_precision(talk.model, precision), talk.tokenizer,
+                  talk.template, talk.generation)
 
 # %% ../nbs/98f_serve_verb.ipynb #a008cb4d
 @verb
 def serve(model:Path, # A model folder, a checkpoint, a run folder, or an adapter
-          host:str="127.0.0.1", # Address to listen at; any other than this machine's own needs a token
+          # Address to listen at; any other than this machine's own needs a token
+          host:str="127.0.0.1",
           port:int=8000, # Port to listen at; 0 takes any that is free
-          token:str|None=None, # What clients must send as Bearer; better given as BANTAM_TOKEN, as command lines can be read by others
-          allow_host:list[str]|None=None, # A name by which clients reach this server; may be repeated
+          # What clients must send as Bearer; safer as BANTAM_TOKEN: others can read command lines
+          token:str|None=None,
+          # A name by which clients reach this server; may be repeated
+          allow_host:list[str]|None=None,
           name:str|None=None, # What clients call the model; none takes the folder's name
-          template:str|None=None, # How turns are written (bantam, chatml, raw, ...); none takes the tokenizer's
+          # How turns are written (bantam, chatml, raw, ...); none takes the tokenizer's
+          template:str|None=None,
           max_batch:int=16, # Answers that are written at the same time
           queue:int=64, # Answers that may wait; more are refused with 429
           wait:float=30., # Longest wait for a place in the batch, in seconds; then 503
@@ -67,10 +75,13 @@ def serve(model:Path, # A model folder, a checkpoint, a run folder, or an adapte
     server.check_token(token, local)
     with server.listen(host, port) as sock:
         served = open_model(model, name, template, precision, device)
-        engine = server.Engine(served.model, max_batch, queue, wait_seconds=wait, run_seconds=timeout)
+        engine = server.Engine(served.model, max_batch, queue, wait_seconds=wait,
+                               run_seconds=timeout)
         app = server.make_app(served, engine, token, local, tuple(allow_host or ()))
         where = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-        print(f"{served.name}: {where} (chat page), {where}/v1 (OpenAI protocol). Ctrl+C stops.", flush=True)
-        if engine.batch.why_alone: print(f"one answer at a time: {engine.batch.why_alone}", flush=True)
+        print(f"{served.name}: {where} (chat page), {where}/v1 (OpenAI protocol). "
+              "Ctrl+C stops.", flush=True)
+        if engine.batch.why_alone:
+            print(f"one answer at a time: {engine.batch.why_alone}", flush=True)
         server.run(app, engine, sock)
     print("stopped")

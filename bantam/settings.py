@@ -26,19 +26,24 @@ def explain(e:ValidationError, # What pydantic found
     "All mistakes of one build, each with its field."
     fields = [f.name for f in dataclasses.fields(cls)]
     def one(err):
-        key = ".".join(str(p) for p in err["loc"] if not (isinstance(p, str) and re.fullmatch(r"[a-z]+\[.*|str|int|float|bool|constrained-.*", p)))
-        if err["type"] == "unexpected_keyword_argument": return f"unknown key '{key}'{nearest(key, fields)}"
+        key = ".".join(str(p) for p in err["loc"] if not (isinstance(
+            p, str) and re.fullmatch(r"[a-z]+\[.*|str|int|float|bool|constrained-.*", p)))
+        if err["type"] == "unexpected_keyword_argument":
+            return f"unknown key '{key}'{nearest(key, fields)}"
         return f"{key} = {err['input']!r}: {err['msg'][0].lower() + err['msg'][1:]}"
     return f"{cls.__name__}: " + "; ".join(dict.fromkeys(one(x) for x in e.errors()))
 
 def strict(cls:type # A class of annotated fields, perhaps with a method `check`
           )->type: # A frozen, keyword-only dataclass that raises `BantamError`
     "Make `cls` a settings class: frozen, checked, no unknown keys."
-    cls = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))(cls)
+    cls = dataclass(frozen=True, kw_only=True,
+                    config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))(cls)
     build = cls.__init__
     @functools.wraps(build)
     def init(self, *args, **kwargs):
-        if args: raise BantamError(f"{cls.__name__} takes its settings by name, got {args[0]!r} without one")
+        if args:
+            raise BantamError(f"{cls.__name__} takes its settings by name, "
+                              f"got {args[0]!r} without one")
         try: build(self, **kwargs)
         except ValidationError as e: raise BantamError(explain(e, cls)) from None
         if hasattr(self, "check"): self.check()
@@ -51,7 +56,8 @@ def positive(obj, # A settings object
             )->None:
     "Refuse zero and below, by name."
     for n in names:
-        if getattr(obj, n) is not None and getattr(obj, n) <= 0: raise BantamError(f"{n} must be above 0, got {getattr(obj, n)}")
+        if getattr(obj, n) is not None and getattr(obj, n) <= 0:
+            raise BantamError(f"{n} must be above 0, got {getattr(obj, n)}")
 
 def between(obj, # A settings object
             low:float, # Least value that is allowed
@@ -61,12 +67,15 @@ def between(obj, # A settings object
     "Refuse what lies outside, by name."
     for n in names:
         v = getattr(obj, n)
-        if v is not None and not low <= v < high: raise BantamError(f"{n} must be from {low:g} to below {high:g}, got {v}")
+        if v is not None and not low <= v < high:
+            raise BantamError(f"{n} must be from {low:g} to below {high:g}, got {v}")
 
 # %% ../nbs/00b_settings.ipynb #d79be983
 class StrictLoader(yaml.SafeLoader): "Safe YAML with `3e-4` as a number and doubled keys refused."
 
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789"))
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float",
+                                   re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+                                   list("-+.0123456789"))
 
 def yaml_lines(node:yaml.Node, # A parsed document
                path:Path, # Its file, for messages
@@ -77,7 +86,9 @@ def yaml_lines(node:yaml.Node, # A parsed document
     if not isinstance(node, yaml.MappingNode): return lines
     for k,v in node.value:
         key = f"{prefix}{k.value}"
-        if key in lines: raise BantamError(f"{path} line {k.start_mark.line+1}: key '{key}' stands twice (first in line {lines[key]}); remove one")
+        if key in lines:
+            raise BantamError(f"{path} line {k.start_mark.line+1}: key '{key}' stands twice (first "
+                              f"in line {lines[key]}); remove one")
         lines |= {key: k.start_mark.line+1} | yaml_lines(v, path, f"{key}.")
     return lines
 
@@ -85,10 +96,14 @@ def load_settings(path # A `.yaml`, `.yml` or `.toml` file
                  )->tuple: # The mapping, and {dotted key: line}
     "Read a settings file strictly; a missing, broken or doubled one is refused with its line."
     path = Path(path)
-    if path.suffix not in (".yaml", ".yml", ".toml"): raise BantamError(f"{path} is no settings file; use .yaml or .toml")
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise BantamError(f"{path} is no settings file; use .yaml or .toml")
     try: text = path.read_text(encoding="utf-8")
-    except FileNotFoundError: raise BantamError(f"{path} does not exist; check the path, or write one with `bantam-cli define`") from None
-    except (OSError, UnicodeDecodeError) as e: raise BantamError(f"cannot read {path}: {e}") from None
+    except FileNotFoundError:
+        raise BantamError(f"{path} does not exist; check the path, or write one with `bantam-cli "
+                          "define`") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise BantamError(f"cannot read {path}: {e}") from None
     if path.suffix == ".toml":
         try: return tomllib.loads(text), {}
         except tomllib.TOMLDecodeError as e: raise BantamError(f"{path} is not TOML: {e}") from None
@@ -98,8 +113,10 @@ def load_settings(path # A `.yaml`, `.yml` or `.toml` file
         data = yaml.load(text, Loader=StrictLoader) if node else {}
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        raise BantamError(f"{path}{f' line {mark.line+1}' if mark else ''} is not YAML: {getattr(e, 'problem', None) or e}") from None
-    if not isinstance(data, dict): raise BantamError(f"{path} must hold `key: value` pairs, found {type(data).__name__}")
+        raise BantamError(f"{path}{f' line {mark.line+1}' if mark else ''} is not YAML: "
+                          f"{getattr(e, 'problem', None) or e}") from None
+    if not isinstance(data, dict):
+        raise BantamError(f"{path} must hold `key: value` pairs, found {type(data).__name__}")
     return data, lines
 
 # %% ../nbs/00b_settings.ipynb #641f48c3
@@ -110,14 +127,17 @@ def apply_overrides(data:dict, # What `load_settings` gave; it is not changed
     data = {k: dict(v) if isinstance(v, dict) else v for k,v in data.items()}
     for text in overrides:
         key,eq,value = text.partition("=")
-        if not eq or not key.strip(): raise BantamError(f"--set {text!r} is not of the form key=value")
+        if not eq or not key.strip():
+            raise BantamError(f"--set {text!r} is not of the form key=value")
         *parents,last = key.strip().split(".")
         into = data
         for p in parents:
             into = into.setdefault(p, {})
-            if not isinstance(into, dict): raise BantamError(f"--set {key}: '{p}' is a value, not a section")
+            if not isinstance(into, dict):
+                raise BantamError(f"--set {key}: '{p}' is a value, not a section")
         try: into[last] = yaml.load(value, Loader=StrictLoader)
-        except yaml.YAMLError: raise BantamError(f"--set {key}: cannot read the value {value!r}") from None
+        except yaml.YAMLError:
+            raise BantamError(f"--set {key}: cannot read the value {value!r}") from None
     return data
 
 # %% ../nbs/00b_settings.ipynb #2a5f6907
@@ -128,10 +148,12 @@ def from_section(cls:type, # A strict class
                  lines:dict # {dotted key: line}
                 ):
     "Build `cls` from a section of a file; a mistake is told with its line."
-    if not isinstance(values, dict): raise BantamError(f"{path}: '{section}' must hold `key: value` pairs")
+    if not isinstance(values, dict):
+        raise BantamError(f"{path}: '{section}' must hold `key: value` pairs")
     try: return cls(**{str(k): v for k,v in values.items()})
     except BantamError as e:
-        named = [f"line {n}" for k,n in lines.items() if k.startswith(f"{section}.") and re.search(rf"\b{re.escape(k[len(section)+1:])}\b", str(e))]
+        named = [f"line {n}" for k,n in lines.items() if k.startswith(f"{section}.")
+                 and re.search(rf"\b{re.escape(k[len(section)+1:])}\b", str(e))]
         raise BantamError(f"{path}{' ' + named[0] if named else ''}: {e}") from None
 
 def only_sections(data:dict, # The whole file
@@ -143,4 +165,5 @@ def only_sections(data:dict, # The whole file
     for k in data:
         if k not in allowed:
             at = f" line {lines[k]}" if k in lines else ""
-            raise BantamError(f"{path}{at}: unknown key '{k}'{nearest(k, allowed)}; this file holds {', '.join(allowed)}")
+            raise BantamError(f"{path}{at}: unknown key '{k}'{nearest(k, allowed)}; "
+                              f"this file holds {', '.join(allowed)}")

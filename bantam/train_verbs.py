@@ -24,7 +24,9 @@ def shape_of(mconf:Path|None, # A model file
     "The model that was asked for, open for the vocabulary size of the tokenizer."
     from bantam import BantamConfig
     from bantam.settings import apply_overrides
-    if mconf and preset: raise BantamError("--mconf and --preset contradict each other; the file may name a preset itself")
+    if mconf and preset:
+        raise BantamError("--mconf and --preset contradict each other; "
+                          "the file may name a preset itself")
     if mconf: return lambda **known: BantamConfig.from_yaml(mconf, overrides, **known)
     changes = apply_overrides({}, overrides).get("bantam_config", {})
     return lambda **known: BantamConfig.from_preset(preset or "small", **known | changes)
@@ -41,15 +43,20 @@ def training(cls, # `TrainingArgs` or `SFTArgs`
     if typed.get("resume_from_checkpoint"):
         from bantam.train.interrupt import only_begun
         if only_begun(typed["resume_from_checkpoint"]):
-            if os.environ.get("RANK", "0") == "0": print(f"{typed['resume_from_checkpoint']} was broken off before its first checkpoint; the run begins again")
-            ours += ["training_args.resume_from_checkpoint=null"]; del typed["resume_from_checkpoint"]
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{typed['resume_from_checkpoint']} was broken off before its first "
+                      "checkpoint; the run begins again")
+            ours += ["training_args.resume_from_checkpoint=null"]
+            del typed["resume_from_checkpoint"]
         else: # Its own past is all that it begins with
-            ours += [f"training_args.{k}=null" for k in ("finetune_from", "init_from_checkpoint")] + ["sft_args.finetune_from=null"]*(cls.__name__ == "SFTArgs")
+            ours += ([f"training_args.{k}=null" for k in ("finetune_from", "init_from_checkpoint")]
+                     + ["sft_args.finetune_from=null"]*(cls.__name__ == "SFTArgs"))
             typed.pop("finetune_from", None)
     if config: args = cls.from_yaml(config, ours)
     else:
         data = apply_overrides({}, ours)
-        args = cls(**{k: v for s in ("training_args", "sft_args") for k,v in data.pop(s, {}).items()} | data)
+        args = cls(**{k: v for s in ("training_args", "sft_args")
+                      for k,v in data.pop(s, {}).items()} | data)
     return args.replace(**typed), [o for o in overrides or [] if o.startswith("bantam_config.")]
 
 # %% ../nbs/98c_train_verbs.ipynb #571619b4
@@ -69,7 +76,9 @@ def launched()->list: # Words
     if "TORCHELASTIC_RUN_ID" not in e: return as_typed(sys.orig_argv)
     try: return as_typed(Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1])
     except OSError: pass # No Linux: torchrun told us enough to start it anew
-    place = {"nnodes": "GROUP_WORLD_SIZE", "node-rank": "GROUP_RANK", "nproc-per-node": "LOCAL_WORLD_SIZE", "master-addr": "MASTER_ADDR", "master-port": "MASTER_PORT"}
+    place = {"nnodes": "GROUP_WORLD_SIZE", "node-rank": "GROUP_RANK",
+             "nproc-per-node": "LOCAL_WORLD_SIZE", "master-addr": "MASTER_ADDR",
+             "master-port": "MASTER_PORT"}
     return ["torchrun", *(w for k,v in place.items() for w in (f"--{k}", e[v])), *sys.orig_argv[2:]]
 
 def go_on(words:list, # Of the command line that began the run
@@ -77,7 +86,8 @@ def go_on(words:list, # Of the command line that began the run
          )->str: # To be pasted into a shell
     "The same words, from the newest checkpoint of `out`."
     old = [i for i,w in enumerate(words) if w == "--resume-from"]
-    kept = [w for i,w in enumerate(words) if i not in old and i-1 not in old and not w.startswith("--resume-from=")]
+    kept = [w for i,w in enumerate(words) if i not in old and i-1 not in old
+            and not w.startswith("--resume-from=")]
     return shlex.join([*kept, "--resume-from", str(out)])
 
 def way_on(out # The run folder
@@ -102,7 +112,8 @@ def run_of(config:Path|None, # Training file
         from bantam.config import BantamConfig
         from bantam.train.checkpoint import weights_folder
         return args,BantamConfig(**read_json(weights_folder(args.finetune_from)/"config.json")),tok
-    return args,shape_of(mconf, preset, model_set)(**dict(vocab_size=tok.vocab_size) if tok else {}),tok
+    return args,shape_of(mconf, preset, model_set)(
+        **dict(vocab_size=tok.vocab_size) if tok else {}),tok
 
 @verb
 def plan(config:Path|None=None, # Training file (training_args)
@@ -116,11 +127,13 @@ def plan(config:Path|None=None, # Training file (training_args)
         )->None:
     "Parameters, operations, memory, time of a run, and whether it fits."
     args,shape,tok = run_of(config, mconf, preset, set, device=device)
-    if print_config: return show_yaml(dict(bantam_config=shape.to_dict(), training_args=args.to_dict()))
+    if print_config:
+        return show_yaml(dict(bantam_config=shape.to_dict(), training_args=args.to_dict()))
     from bantam.train.plan import plan
     from bantam.train.pretrain import tokenised_side
     tokens = tokenised_side(args, "train", tok) if tok and args.dataset else None
-    print(plan(shape, args, tokens.tokens if tokens is not None else None, measure, None if memory_gb is None else memory_gb*2**30))
+    print(plan(shape, args, tokens.tokens if tokens is not None else None, measure,
+               None if memory_gb is None else memory_gb*2**30))
 
 # %% ../nbs/98c_train_verbs.ipynb #640224d7
 @verb
@@ -134,7 +147,8 @@ def doctor(config:Path|None=None, # Training file (training_args)
           )->None:
     "Ask whether a run can work, before it costs anything."
     args,shape,tok = run_of(config, mconf, preset, set, device=device)
-    if print_config: return show_yaml(dict(bantam_config=shape.to_dict(), training_args=args.to_dict()))
+    if print_config:
+        return show_yaml(dict(bantam_config=shape.to_dict(), training_args=args.to_dict()))
     if tok is None: raise BantamError("tokenizer is not set; the doctor reads real data")
     import tempfile
     from bantam.runtime import pick_device, pick_precision
@@ -144,8 +158,11 @@ def doctor(config:Path|None=None, # Training file (training_args)
     with tempfile.TemporaryDirectory() as folder:
         args = args.replace(eval_every_n=0, out_dir=args.out_dir or folder)
         place,model = pick_device(args.device),build_model(args, lambda **known: shape, tok)
-        data,_ = loaders(args, tok, ChatTemplate.named("bantam"), args.seq_len or shape.max_position_embeddings)
-        found = examine(model.to(place), data, tok, fast, precision=pick_precision(place, args.precision), start=args.finetune_from or args.init_from_checkpoint)
+        data,_ = loaders(args, tok, ChatTemplate.named("bantam"),
+                         args.seq_len or shape.max_position_embeddings)
+        found = examine(model.to(place), data, tok, fast,
+                        precision=pick_precision(place, args.precision),
+                        start=args.finetune_from or args.init_from_checkpoint)
         for v in found: print(v)
     refuse(found)
 
@@ -161,25 +178,35 @@ def bench(config:Path|None=None, # Training file (training_args)
          )->None:
     "Measure training, answers and tokenizer with a config, beside what `plan` says."
     args,shape,tok = run_of(config, mconf, preset, set, device=device)
-    if print_config: return show_yaml(dict(bantam_config=shape.to_dict(), training_args=args.to_dict()))
+    if print_config:
+        return show_yaml(dict(bantam_config=shape.to_dict(), training_args=args.to_dict()))
     from bantam.bench import bench, bench_table
     print(bench_table(bench(shape, args, tok, steps)))
 
 # %% ../nbs/98c_train_verbs.ipynb #f50315ef
 @verb
 def sweep(config:Path|None=None, # A sweep file: sweep_args and space; configs/sweep.yaml is one
-          set:list[str]|None=None, # sweep_args.key=value, training_args.key=value or bantam_config.key=value
+          # sweep_args.key=value, training_args.key=value or bantam_config.key=value
+          set:list[str]|None=None,
           print_config:bool=False # Show the resolved sweep and run nothing
          )->None:
     "Search for good settings by many short runs; goes on where it was killed."
-    if not config: raise BantamError("option --config is missing (a sweep file; configs/sweep.yaml is one); see bantam-cli sweep --help")
+    if not config:
+        raise BantamError("option --config is missing (a sweep file; configs/sweep.yaml is one); "
+                          "see bantam-cli sweep --help")
     import dataclasses
     from bantam.train.doctor import Checkup
     from bantam.train.pretrain import pretrain
     from bantam.train.sweep import Sweep, sweep_table
     s = Sweep.from_yaml(config, set or [])
-    if print_config: return show_yaml(dict(sweep_args=dataclasses.asdict(s.args), space={r.field: list(r.choices) or {k: getattr(r, k) for k in ("low", "high", "log", "step")} for r in s.space}))
+    if print_config:
+        return show_yaml(dict(sweep_args=dataclasses.asdict(s.args),
+                              space={r.field: list(r.choices)
+                                     or {k: getattr(r, k) for k in ("low", "high", "log", "step")}
+                                     for r in s.space}))
     rows = s.run(lambda args, shape, callbacks: pretrain(args, shape, [Checkup(), *callbacks]))
     print(sweep_table(rows))
-    if not any(r["end"] == "done" for r in rows): raise BantamError("no trial came to its end; the lines above say why")
-    print(f"the best settings: bantam-cli pretrain --config {s.folder/'best.yaml'} --mconf {s.folder/'best_model.yaml'}")
+    if not any(r["end"] == "done" for r in rows):
+        raise BantamError("no trial came to its end; the lines above say why")
+    print(f"the best settings: bantam-cli pretrain --config {s.folder/'best.yaml'} --mconf "
+          f"{s.folder/'best_model.yaml'}")

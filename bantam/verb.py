@@ -19,7 +19,8 @@ from .core import BantamError, nearest
 
 # %% ../nbs/98a_verb.ipynb #8b38e45c
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  epilog="Every verb: --config FILE (YAML or TOML), --set key=value, --print-config, --debug.",
+                  epilog="Every verb: --config FILE (YAML or TOML), --set key=value, "
+                         "--print-config, --debug.",
                   help="bantam: from raw text to a small language model that chats.")
 
 def notes(f # A function
@@ -72,7 +73,8 @@ def show_yaml(settings:dict # What was resolved
 
 # %% ../nbs/98a_verb.ipynb #85cde1b8
 COMMON = dict(config=(Path|None, None, "A YAML or TOML file with the options of this verb"),
-              set=(list[str]|None, None, "Set one option as in the file: key=value; may be repeated"),
+              set=(list[str]|None, None, "Set one option as in the file: key=value; "
+                                         "may be repeated"),
               print_config=(bool, False, "Show the resolved options and run nothing"))
 
 def verb(f # A function whose parameters are the options
@@ -85,19 +87,23 @@ def verb(f # A function whose parameters are the options
         if "config" not in own: given = from_file(ctx, given, path, overrides)
         for k in needed:
             if given[k] not in (None, []): continue
-            raise BantamError(f"option --{k.replace('_', '-')} is missing ({help[k]}); see bantam-cli {name} --help")
+            raise BantamError(f"option --{k.replace('_', '-')} is missing ({help[k]}); "
+                              f"see bantam-cli {name} --help")
         return show_yaml(given) if show else f(**given)
     def option(key, kind, default, text):
-        if key in needed: kind,default,text = kind|None,None,f"{text}  [required]" # or from the file
+        # or from the file
+        if key in needed: kind,default,text = kind|None,None,f"{text}  [required]"
         made = typer.Option(default, "--" + key.replace("_", "-"), help=text)
         return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=made, annotation=kind)
     options = [option(p.name, p.annotation, p.default, help.get(p.name, "")) for p in own.values()]
     options += [option(k, *v) for k,v in COMMON.items() if k not in own]
-    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                            annotation=typer.Context)
     run.__signature__ = inspect.Signature([ctx, *options])
     run.__annotations__ = {o.name: o.annotation for o in (ctx, *options)}
     run.paths = {p.name for p in own.values() if "Path" in str(p.annotation)}
-    app.registered_commands[:] = [c for c in app.registered_commands if c.name != name] # the new one holds
+    # the new one holds
+    app.registered_commands[:] = [c for c in app.registered_commands if c.name != name]
     app.command(name, help=inspect.getdoc(f))(run)
     return f
 
@@ -105,7 +111,8 @@ def verb(f # A function whose parameters are the options
 def spelled_out(words:list # Of a command line
                )->list: # The same, in full
     "`--section.key=value` as `--set section.key=value`."
-    return [w for word in words for w in (["--set", word[2:]] if re.match(r"--\w+\.[\w.]+=", word) else [word])]
+    return [w for word in words for w in (
+        ["--set", word[2:]] if re.match(r"--\w+\.[\w.]+=", word) else [word])]
 
 # %% ../nbs/98a_verb.ipynb #e8b979f8
 def run_cli(argv:list|None=None # Words of the command line; None takes the program's own
@@ -113,7 +120,9 @@ def run_cli(argv:list|None=None # Words of the command line; None takes the prog
     "Run `bantam-cli` and exit."
     argv = spelled_out(sys.argv[1:] if argv is None else argv)
     debug,echo = "--debug" in argv,False
-    try: sys.exit(app(args=[a for a in argv if a != "--debug"], prog_name="bantam-cli", standalone_mode=False) or 0)
+    try:
+        sys.exit(app(args=[a for a in argv if a != "--debug"], prog_name="bantam-cli",
+                     standalone_mode=False) or 0)
     except KeyboardInterrupt as e: code,text = 130,str(e) or "interrupted"
     except BrokenPipeError: code,text = 0,""
     except Exception as e:
@@ -124,6 +133,8 @@ def run_cli(argv:list|None=None # Words of the command line; None takes the prog
             code,text = (130 if type(e).__name__ == "Interrupted" else 2),str(e)
         else: code,text = 1,f"failed: {type(e).__name__}: {e} (--debug shows where)"
         if debug: traceback.print_exc()
-    if echo: time.sleep(.5) # torchrun ends all ranks when one has ended: the one that speaks shall be first
-    if text and not echo: print("bantam: " + re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)
+    # torchrun ends all ranks when one has ended: the one that speaks shall be first
+    if echo: time.sleep(.5)
+    if text and not echo:
+        print("bantam: " + re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)
     sys.exit(code)

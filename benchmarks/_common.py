@@ -1,12 +1,15 @@
-"""What every benchmark says about itself: the machine, the versions, and the last line. A script's folder is on its path, so `from _common import machine` finds this file."""
+"""What every benchmark says about itself: the machine, the versions, and the last line. A script's
+folder is on its path, so `from _common import machine` finds this file."""
 import json, os, platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def machine(device="cpu", **more):
-    "What a figure depends on: processor, cores, system, wait policy, GPU; `more` is what a benchmark adds."
-    about = dict(processor=processor(), cores=cores(), system=platform.system(), OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
+    """What a figure depends on: processor, cores, system, wait policy, GPU; `more` is what a
+    benchmark adds."""
+    about = dict(processor=processor(), cores=cores(), system=platform.system(),
+                 OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "default"))
     if str(device).startswith("cuda"):
         import torch
         about["gpu"] = torch.cuda.get_device_name()
@@ -15,7 +18,9 @@ def machine(device="cpu", **more):
 
 def processor():
     "The processor's name: Linux tells it in a file, elsewhere Python must do."
-    try: return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    try:
+        return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo")
+                    if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 

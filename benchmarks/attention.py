@@ -20,7 +20,8 @@ LENGTHS, WINDOW, GROWTH = (4096, 8192, 16384), 256, 2.4
 # Inside a contender's process
 
 def contender(kind, precision, length, window, batch):
-    "Answer each line on stdin (a number of steps) with the seconds of each step; an empty line ends it."
+    """Answer each line on stdin (a number of steps) with the seconds of each step; an empty line
+    ends it."""
     import torch
     import torch.nn.functional as F
     from bantam.model.attention import attend
@@ -28,7 +29,8 @@ def contender(kind, precision, length, window, batch):
     from bantam.runtime import peak_memory, tune_allocator
     tune_allocator()
     gen = torch.Generator().manual_seed(0)
-    made = [torch.randn(batch, n, length, WIDTH, generator=gen) for n in (HEADS, GROUPS, GROUPS, HEADS)]
+    made = [torch.randn(batch, n, length, WIDTH, generator=gen)
+            for n in (HEADS, GROUPS, GROUPS, HEADS)]
     q, k, v, grad = (t.to(torch.bfloat16 if precision == "bf16" else torch.float32) for t in made)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     dense = Marks(length).mask(window, SINKS).dense() if kind == "dense mask" else None
@@ -56,13 +58,16 @@ class Process:
     "A contender, ready to be asked for steps."
     def __init__(self, kind, precision, length, window, batch=BATCH):
         self.kind, self.times, self.rounds = kind, [], []
-        self.process = subprocess.Popen([sys.executable, __file__, "--contender", json.dumps([kind, precision, length, window, batch])],
+        self.process = subprocess.Popen([sys.executable, __file__, "--contender",
+                                         json.dumps([kind, precision, length, window, batch])],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self.answer()
 
     def answer(self):
         line = self.process.stdout.readline()
-        if not line: sys.exit(f"{self.kind} ended with status {self.process.wait()}; its message stands above")
+        if not line:
+            sys.exit(f"{self.kind} ended with status {self.process.wait()}; "
+                     "its message stands above")
         return json.loads(line)
 
     def steps(self, n):
@@ -83,10 +88,13 @@ def compare(precision, case, rounds, steps):
         for r in (runners, runners[::-1])[i % 2]: r.steps(steps)
     for r in runners: r.close()
     a, b = (r.about["norm"] for r in runners)
-    if abs(a - b) > .02*b: sys.exit(f"the contenders disagree at {case}: outputs of norm {a} and {b}")
+    if abs(a - b) > .02*b:
+        sys.exit(f"the contenders disagree at {case}: outputs of norm {a} and {b}")
     ratios = [theirs/ours for ours, theirs in zip(*(r.rounds for r in runners))]
-    rows = [dict(case=case, precision=precision, name=r.kind, ms=statistics.median(r.times)*1e3, quartiles=[t*1e3 for t in statistics.quantiles(r.times, n=4)[::2]],
-                 memory_mb=r.last["memory"]/2**20, steps=len(r.times), threads=r.about["threads"]) for r in runners]
+    rows = [dict(case=case, precision=precision, name=r.kind, ms=statistics.median(r.times)*1e3,
+                 quartiles=[t*1e3 for t in statistics.quantiles(r.times, n=4)[::2]],
+                 memory_mb=r.last["memory"]/2**20, steps=len(r.times), threads=r.about["threads"])
+            for r in runners]
     return rows, ratios
 
 
@@ -96,7 +104,8 @@ def growth(precision, lengths, rounds, steps):
     for _ in range(rounds):
         for r in runners: r.steps(steps)
     for r in runners: r.close()
-    return [dict(length=length, precision=precision, ms=statistics.median(r.times)*1e3, memory_mb=r.last["memory"]/2**20)
+    return [dict(length=length, precision=precision, ms=statistics.median(r.times)*1e3,
+                 memory_mb=r.last["memory"]/2**20)
             for length, r in zip(lengths, runners)]
 
 
@@ -116,24 +125,42 @@ def main():
             got, pairs = compare(precision, case, *((1, 2) if a.quick else (5, 4)))
             rows += got
             key = f"{precision} {case}"
-            ratios[key], spread[key], targets[key] = round(statistics.median(pairs), 3), [round(min(pairs), 3), round(max(pairs), 3)], target
-        grown += growth(precision, [n//4 for n in LENGTHS] if a.quick else LENGTHS, *((1, 2) if a.quick else (5, 3)))
+            ratios[key], spread[key], targets[key] = round(
+                statistics.median(pairs), 3), [round(min(pairs), 3), round(max(pairs), 3)], target
+        grown += growth(precision, [n//4 for n in LENGTHS] if a.quick else LENGTHS,
+                        *((1, 2) if a.quick else (5, 3)))
     doublings = {}
     for before, after in zip(grown, grown[1:]):
         if before["precision"] != after["precision"]: continue
-        for what in ("ms", "memory_mb"): doublings[f"{after['precision']} {'time' if what == 'ms' else 'memory'} {before['length']} to {after['length']}"] = round(after[what]/max(before[what], 1e-9), 3)
+        for what in ("ms", "memory_mb"):
+            doublings[f"{after['precision']} {'time' if what == 'ms' else 'memory'} "
+                      f"{before['length']} to {after['length']}"] = round(
+                          after[what]/max(before[what], 1e-9), 3)
 
     about = machine()
-    print(f"batch {BATCH}, {HEADS} query heads, {GROUPS} key heads, width {WIDTH}, {SINKS} sinks, forward and backward; {about['processor']}, {about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}\n")
-    print(f"{'length/window':14s} {'':5s} {'contender':11s} {'ms':>8s} {'quartiles':>17s} {'steps':>6s} {'MB':>7s}")
-    for r in rows: print(f"{r['case']:14s} {r['precision']:5s} {r['name']:11s} {r['ms']:8.1f} {r['quartiles'][0]:8.1f}-{r['quartiles'][1]:<8.1f} {r['steps']:6d} {r['memory_mb']:7.0f}")
+    print(f"batch {BATCH}, {HEADS} query heads, {GROUPS} key heads, width {WIDTH}, {SINKS} sinks, "
+          f"forward and backward; {about['processor']}, {about['cores']} cores, "
+          f"wait policy {about['OMP_WAIT_POLICY']}\n")
+    print(f"{'length/window':14s} {'':5s} {'contender':11s} {'ms':>8s} {'quartiles':>17s} "
+          f"{'steps':>6s} {'MB':>7s}")
+    for r in rows:
+        print(f"{r['case']:14s} {r['precision']:5s} {r['name']:11s} {r['ms']:8.1f} "
+              f"{r['quartiles'][0]:8.1f}-{r['quartiles'][1]:<8.1f} {r['steps']:6d} "
+              f"{r['memory_mb']:7.0f}")
     print()
-    for key, ratio in ratios.items(): print(f"{key:14s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the rounds), target {targets[key]}")
+    for key, ratio in ratios.items():
+        print(f"{key:14s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the "
+              f"rounds), target {targets[key]}")
     print(f"\ntiles alone, window {WINDOW}, batch 1\n{'length':>7s} {'':5s} {'ms':>8s} {'MB':>7s}")
-    for r in grown: print(f"{r['length']:7d} {r['precision']:5s} {r['ms']:8.1f} {r['memory_mb']:7.0f}")
-    print("\nper doubling of the length: " + ", ".join(f"{k} {v:.2f}" for k, v in doublings.items()) + f" (2 is linear, 4 is square; at most {GROWTH} is asked)")
-    result = dict(name="attention", ratios=ratios, targets=targets, doublings=doublings, doubling_target=GROWTH,
-                  met=all(ratios[k] >= t for k, t in targets.items()) and all(v <= GROWTH for v in doublings.values()), machine=about, versions=versions("torch"))
+    for r in grown:
+        print(f"{r['length']:7d} {r['precision']:5s} {r['ms']:8.1f} {r['memory_mb']:7.0f}")
+    print("\nper doubling of the length: " + ", ".join(f"{k} {v:.2f}" for k, v in doublings.items())
+          + f" (2 is linear, 4 is square; at most {GROWTH} is asked)")
+    result = dict(name="attention", ratios=ratios, targets=targets, doublings=doublings,
+                  doubling_target=GROWTH,
+                  met=all(ratios[k] >= t for k, t in targets.items())
+                  and all(v <= GROWTH for v in doublings.values()), machine=about,
+                  versions=versions("torch"))
     report(result, a.json, rows=rows, spread=spread, growth=grown)
 
 

@@ -14,9 +14,11 @@ TARGETS = {"prepare over tokenizer": .8}
 
 
 def texts(n, seed=0):
-    "Documents of about 1,500 characters, of the generated world and the standard library's docstrings."
+    """Documents of about 1,500 characters, of the generated world and the standard library's
+    docstrings."""
     from bantam.data.corpora import stdlib
-    rng, pool = random.Random(seed), [p for r in stdlib() for p in r.text.split("\n\n") if 20 < len(p) < 2000]
+    rng, pool = (random.Random(seed),
+                 [p for r in stdlib() for p in r.text.split("\n\n") if 20 < len(p) < 2000])
     return ["\n\n".join(rng.choices(pool, k=6)) for _ in range(n)]
 
 
@@ -31,23 +33,29 @@ def main():
     from bantam.text.tokenizer import BantamTokenizer
     docs, tok, rows = texts(3000 if a.quick else 40_000), BantamTokenizer.default(), []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder)/"texts.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in docs))
-        plan = DataPlan(dict(data_args=dict(valid_fraction=0.), sources=[dict(path="texts.jsonl")]), folder)
+        (Path(folder)/"texts.jsonl").write_text(
+            "".join(json.dumps(dict(text=t)) + "\n" for t in docs))
+        plan = DataPlan(dict(data_args=dict(valid_fraction=0.), sources=[dict(path="texts.jsonl")]),
+                        folder)
         for r in range(1 if a.quick else 5):
             start = time.perf_counter()
             tokens = sum(map(len, tok.encode_iterable(docs, add_bos=True, add_eos=True)))
             alone, start = time.perf_counter() - start, time.perf_counter()
             made = prepare(plan, Path(folder)/f"out{r}")
             took = time.perf_counter() - start
-            assert sum(s["tokens"] for s in made["shards"]) == tokens, "the two made different tokens"
+            assert (sum(s["tokens"] for s in made["shards"])
+                    == tokens), "the two made different tokens"
             rows.append(dict(tokenizer=tokens/alone, prepare=tokens/took, ratio=alone/took))
     about, mid = machine(), {k: statistics.median(r[k] for r in rows) for k in rows[0]}
-    print(f"{len(docs)} documents, {tokens:,} tokens; {about['processor']}, {about['cores']} cores\n")
+    print(f"{len(docs)} documents, {tokens:,} tokens; {about['processor']}, "
+          f"{about['cores']} cores\n")
     print(f"{'':24s} {'tokens/s':>10s} {'of the tokenizer':>17s}")
-    print(f"{'tokenizer, in memory':24s} {mid['tokenizer']:10.0f} {1:17.2f}\n{'data prepare':24s} {mid['prepare']:10.0f} {mid['ratio']:17.2f}")
+    print(f"{'tokenizer, in memory':24s} {mid['tokenizer']:10.0f} {1:17.2f}\n{'data prepare':24s} "
+          f"{mid['prepare']:10.0f} {mid['ratio']:17.2f}")
     ratios = {"prepare over tokenizer": round(mid["ratio"], 3)}
     met = ratios["prepare over tokenizer"] >= TARGETS["prepare over tokenizer"]
-    result = dict(name="data_prepare", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions("tokenizers", "numpy"))
+    result = dict(name="data_prepare", ratios=ratios, targets=TARGETS, met=bool(met), machine=about,
+                  versions=versions("tokenizers", "numpy"))
     report(result, a.json, rows=rows)
 
 

@@ -12,8 +12,10 @@ import argparse, statistics, sys, time, warnings
 
 from _common import machine, report, versions
 
-TARGETS = {"bf16": 1.5, "compiled": 2., "int8": 3., "first token": 1., "batch of 16": 5., "SmolLM2 bf16": 1.25, "SmolLM2 int8": 2.2}
-SHAPE = dict(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048)
+TARGETS = {"bf16": 1.5, "compiled": 2., "int8": 3., "first token": 1., "batch of 16": 5.,
+           "SmolLM2 bf16": 1.25, "SmolLM2 int8": 2.2}
+SHAPE = dict(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6,
+             num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048)
 PLAIN = dict(temperature=0, repetition_penalty=1., no_repeat_ngram_size=0, stop_ids=[])
 
 
@@ -26,15 +28,25 @@ def twins(shape, smol=None):
     torch.manual_seed(0)
     ours = smol or BantamForCausalLM(BantamConfig(**shape)).eval()
     c = ours.config
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_theta, tie_word_embeddings=True, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id)).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size,
+                                          intermediate_size=c.intermediate_size,
+                                          num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
+        max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta, tie_word_embeddings=True, bos_token_id=c.bos_token_id,
+        eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id)).eval()
     H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     state = {}
     for n, t in ours.state_dict().items():
-        at = "model." + n.replace("attn_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm").replace("ffn.", "mlp.").replace(".attn.", ".self_attn.")
+        at = "model." + n.replace("attn_norm",
+                                  "input_layernorm").replace("ffn_norm",
+                                                             "post_attention_layernorm").replace(
+                                                                 "ffn.", "mlp.").replace(
+                                                                     ".attn.", ".self_attn.")
         if "qkv" not in n: state[at] = t
-        else: state |= dict(zip((at.replace("qkv_proj", f"{p}_proj") for p in "qkv"), t.split([H*K, G*K, G*K])))
+        else:
+            state |= dict(zip((at.replace("qkv_proj", f"{p}_proj") for p in "qkv"),
+                              t.split([H*K, G*K, G*K])))
     theirs.load_state_dict(state, strict=False)
     ids = torch.randint(100, c.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(): gap = (ours(ids).logits - theirs(ids).logits).abs().max().item()
@@ -61,7 +73,8 @@ def race(contenders, rounds):
     names, times = list(contenders), {n: [] for n in contenders}
     for n in names: contenders[n]()
     for i in range(rounds):
-        for n in names[i % len(names):] + names[:i % len(names)]: times[n].append(seconds(contenders[n]))
+        for n in names[i % len(names):] + names[:i % len(names)]:
+            times[n].append(seconds(contenders[n]))
     return times
 
 
@@ -81,18 +94,22 @@ def cost(model, tok, documents):
     from bantam.decode.quantize import bits_per_byte, quantize
     texts = [d["text"] for d in told(4*documents, split="valid") if "text" in d][:documents]
     was = bits_per_byte(model.float(), tok, texts)
-    return dict(bits_per_byte=was, int8=bits_per_byte(quantize(copy.deepcopy(model), "int8"), tok, texts)/was - 1)
+    return dict(bits_per_byte=was, int8=bits_per_byte(quantize(copy.deepcopy(model), "int8"), tok,
+                                                      texts)/was - 1)
 
 
 def one_model(name, ours, theirs, new, rounds, compiled):
     "Rows and ratios of one pair of models."
     import torch
-    ids = torch.randint(100, ours.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(100, ours.config.vocab_size, (1, 16),
+                        generator=torch.Generator().manual_seed(0))
     def peer(cache, **how):
         how = dict(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0) | how
-        return lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, **how)
+        return lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids),
+                                       cache_implementation=cache, **how)
     us = lambda model, **how: lambda: model.generate(ids, max_new_tokens=new, **PLAIN | how)
-    contenders, missing = {"bantam bf16": us(ours), "transformers, dynamic cache": peer(None), "transformers, static cache": peer("static", disable_compile=True)}, {}
+    contenders, missing = {"bantam bf16": us(ours), "transformers, dynamic cache": peer(None),
+                           "transformers, static cache": peer("static", disable_compile=True)}, {}
     small, why = quantized(ours)
     if small is None: missing[f"{name} int8"] = why
     else: contenders["bantam int8"] = us(small)
@@ -105,49 +122,65 @@ def one_model(name, ours, theirs, new, rounds, compiled):
         if failed: missing[f"{name} compiled"] = failed[0]
         else: contenders["bantam compiled"] = us(ours, compile=True)
     times = race(contenders, rounds)
-    best = min((n for n in times if n.startswith("transformers")), key=lambda n: statistics.median(times[n]))
+    best = min((n for n in times if n.startswith("transformers")),
+               key=lambda n: statistics.median(times[n]))
     rate = {n: new/statistics.median(t) for n, t in times.items()}
-    ratio = {n.removeprefix("bantam "): statistics.median(b/a for a, b in zip(times[n], times[best])) for n in times if n.startswith("bantam")}
+    ratio = {n.removeprefix("bantam "): statistics.median(
+        b/a for a, b in zip(times[n], times[best])) for n in times if n.startswith("bantam")}
     weights = sum(p.numel() for p in ours.parameters())
-    return dict(name=name, parameters=weights, rates=rate, best_peer=best, ratios=ratio, missing=missing)
+    return dict(name=name, parameters=weights, rates=rate, best_peer=best, ratios=ratio,
+                missing=missing)
 
 
 def first_token(ours, theirs, rounds, length=1000):
     import torch
-    ids = torch.randint(100, ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(100, ours.config.vocab_size, (1, length),
+                        generator=torch.Generator().manual_seed(0))
     times = race({"bantam": lambda: ours.generate(ids, max_new_tokens=1, **PLAIN),
-                  "transformers": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=1, pad_token_id=0)}, rounds)
-    return statistics.median(b/a for a, b in zip(times["bantam"], times["transformers"])), {n: statistics.median(t)*1e3 for n, t in times.items()}
+                  "transformers": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids),
+                                                          do_sample=False, max_new_tokens=1,
+                                                          pad_token_id=0)}, rounds)
+    return (statistics.median(b/a for a, b in zip(times["bantam"], times["transformers"])),
+            {n: statistics.median(t)*1e3 for n, t in times.items()})
 
 
 def batch(ours, new, rounds, rows=16):
     import torch
-    ids = torch.randint(100, ours.config.vocab_size, (rows, 16), generator=torch.Generator().manual_seed(0))
-    times = race({"one": lambda: ours.generate(ids[:1], max_new_tokens=new, **PLAIN), "all": lambda: ours.generate(ids, max_new_tokens=new, **PLAIN)}, rounds)
+    ids = torch.randint(100, ours.config.vocab_size, (rows, 16),
+                        generator=torch.Generator().manual_seed(0))
+    times = race({"one": lambda: ours.generate(ids[:1], max_new_tokens=new, **PLAIN),
+                  "all": lambda: ours.generate(ids, max_new_tokens=new, **PLAIN)}, rounds)
     return statistics.median(rows*a/b for a, b in zip(times["one"], times["all"]))
 
 
 def rolling(tokens, few=40, rounds=5):
-    "Milliseconds per token and bytes of the cache, early in a long text and at its end: two readers of one text, who take turns."
+    """Milliseconds per token and bytes of the cache, early in a long text and at its end: two
+    readers of one text, who take turns."""
     import torch
     from bantam import BantamConfig, BantamForCausalLM
     from bantam.decode.reader import Reader
-    model = BantamForCausalLM(BantamConfig(**SHAPE | dict(vocab_size=4096), window=256, num_attention_sinks=4)).eval().to(torch.bfloat16)
-    ids, begins = torch.randint(100, 4096, (1, tokens), generator=torch.Generator().manual_seed(0)), (1000, tokens)
-    readers, times = [Reader(model, torch.zeros(1, dtype=torch.long)) for _ in begins], [[] for _ in begins]
+    model = BantamForCausalLM(BantamConfig(**SHAPE | dict(vocab_size=4096), window=256,
+                                           num_attention_sinks=4)).eval().to(torch.bfloat16)
+    ids, begins = torch.randint(100, 4096, (1, tokens),
+                                generator=torch.Generator().manual_seed(0)), (1000, tokens)
+    readers, times = ([Reader(model, torch.zeros(1, dtype=torch.long)) for _ in begins],
+                      [[] for _ in begins])
     at = [b - few*rounds for b in begins]
     for reader, stop in zip(readers, at):
         for t in range(400, stop, 64): reader(ids[:, :t])
         reader(ids[:, :stop])
     for _ in range(rounds):
         for i, reader in enumerate(readers):
-            times[i] += [seconds(lambda: reader(ids[:, :t])) for t in range(at[i] + 1, at[i] + few + 1)]
+            times[i] += [seconds(lambda: reader(ids[:, :t]))
+                         for t in range(at[i] + 1, at[i] + few + 1)]
             at[i] += few
-    return {b: dict(ms=statistics.median(t)*1e3, bytes=r.cache.nbytes) for b, t, r in zip(begins, times, readers)}
+    return {b: dict(ms=statistics.median(t)*1e3, bytes=r.cache.nbytes)
+            for b, t, r in zip(begins, times, readers)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true"); parser.add_argument("--json")
     parser.add_argument("--threads", type=int, default=2); parser.add_argument("--rounds", type=int)
     parser.add_argument("--no-compile", action="store_true")
@@ -158,8 +191,10 @@ def main():
     new, rounds = (32, 2) if args.quick else (128, args.rounds or 5)
     ours, theirs = twins(SHAPE)
     speed, rows, lost = bandwidth(), [], None
-    rows.append(one_model("llama, 15M", ours, theirs, new, rounds, not args.no_compile and not args.quick))
-    ratios = {k: rows[0]["ratios"][k] for k in ("bf16", "compiled", "int8") if k in rows[0]["ratios"]}
+    rows.append(one_model("llama, 15M", ours, theirs, new, rounds,
+                          not args.no_compile and not args.quick))
+    ratios = {k: rows[0]["ratios"][k] for k in ("bf16", "compiled",
+                                                "int8") if k in rows[0]["ratios"]}
     ratios["first token"], first = first_token(ours, theirs, rounds)
     ratios["batch of 16"] = batch(ours, new, rounds)
     roll = rolling(3000 if args.quick else 20_000)
@@ -185,15 +220,24 @@ def main():
         print(r["name"])
         for n, rate in r["rates"].items():
             size = 1 if "int8" in n else 2
-            print(f"  {n:26}{rate:10.1f}{rate/r['rates'][r['best_peer']]:8.2f}{rate*r['parameters']*size/speed:14.0%}")
-    print(f"first token of 1000: {first['bantam']:.0f} ms, transformers {first['transformers']:.0f} ms; batch of 16: {ratios['batch of 16']:.1f} times one row")
-    print("rolling cache: " + "; ".join(f"{v['ms']:.2f} ms per token and {v['bytes']/1e6:.2f} MB at {n} tokens" for n, v in roll.items()))
-    if lost: print(f"SmolLM2 on held-out stories: {lost['bits_per_byte']:.4f} bits per byte, int8 {lost['int8']:+.2%} (at most 1 %)")
+            times, share = rate/r["rates"][r["best_peer"]], rate*r["parameters"]*size/speed
+            print(f"  {n:26}{rate:10.1f}{times:8.2f}{share:14.0%}")
+    print(f"first token of 1000: {first['bantam']:.0f} ms, "
+          f"transformers {first['transformers']:.0f} ms; batch of 16: {ratios['batch of 16']:.1f} "
+          "times one row")
+    print("rolling cache: " + "; ".join(f"{v['ms']:.2f} ms per token and {v['bytes']/1e6:.2f} MB "
+                                        f"at {n} tokens" for n, v in roll.items()))
+    if lost:
+        print(f"SmolLM2 on held-out stories: {lost['bits_per_byte']:.4f} bits per byte, "
+              f"int8 {lost['int8']:+.2%} (at most 1 %)")
     for n, why in missing.items(): print(f"missing: {n}: {why}")
-    met = all(k in ratios and ratios[k] >= t for k, t in TARGETS.items()) and lost is not None and lost["int8"] <= .01
-    result = dict(name="decode", ratios={k: round(v, 3) for k, v in ratios.items()}, targets=TARGETS, met=met,
+    met = (all(k in ratios and ratios[k] >= t for k, t in TARGETS.items()) and lost is not None
+           and lost["int8"] <= .01)
+    result = dict(name="decode", ratios={k: round(v, 3) for k, v in ratios.items()},
+                  targets=TARGETS, met=met,
                   machine=machine(threads=args.threads, bandwidth_gb=round(speed/1e9, 1)),
-                  versions=versions("torch", "transformers"), missing=missing, int8_cost=lost, rolling={n: v for n, v in roll.items()})
+                  versions=versions("torch", "transformers"), missing=missing, int8_cost=lost,
+                  rolling={n: v for n, v in roll.items()})
     report(result, args.json)
 
 

@@ -13,7 +13,8 @@ import argparse, json, os, statistics, subprocess, sys, time
 from _common import machine, report, versions
 
 VOCAB, TOKENS, WIDTH = 32000, 4096, 512
-TARGETS = {"memory": 4., "time": .9} # ordinary / bantam: at most a quarter of the memory, at most 10 % more time
+# ordinary / bantam: at most a quarter of the memory, at most 10 % more time
+TARGETS = {"memory": 4., "time": .9}
 CONTENDERS = ("bantam", "all logits")
 
 
@@ -23,12 +24,14 @@ def resident():
     "Bytes that this process holds now; without /proc, the most that it has held."
     from bantam.runtime import peak_memory
     try:
-        with open("/proc/self/statm") as f: return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError: return peak_memory()
 
 
 def contender(kind, precision, tuned, device):
-    "Say what one step added to memory, then answer each line on stdin (a number of steps) with the seconds of each."
+    """Say what one step added to memory, then answer each line on stdin (a number of steps) with
+    the seconds of each."""
     import torch
     import torch.nn.functional as F
     from bantam.model.loss import linear_cross_entropy
@@ -73,13 +76,17 @@ class Process:
     "A contender, ready to be asked for steps."
     def __init__(self, kind, precision, tuned, device):
         self.kind, self.times, self.rounds = kind, [], []
-        args = [sys.executable, __file__, "--contender", kind, "--precision", precision, "--device", device] + ["--tuned"]*tuned
-        self.process = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        args = [sys.executable, __file__, "--contender", kind, "--precision", precision, "--device",
+                device] + ["--tuned"]*tuned
+        self.process = subprocess.Popen(args, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
         self.about = self.answer()
 
     def answer(self):
         line = self.process.stdout.readline()
-        if not line: sys.exit(f"{self.kind} ended with status {self.process.wait()}; its message stands above")
+        if not line:
+            sys.exit(f"{self.kind} ended with status {self.process.wait()}; "
+                     "its message stands above")
         return json.loads(line)
 
     def steps(self, n):
@@ -98,10 +105,13 @@ def compare(precision, tuned, device, rounds, steps):
     for i in range(rounds):
         for r in runners[::-1] if i % 2 else runners: r.steps(steps)
     for r in runners: r.close()
-    rows = [dict(precision=precision, allocator="tuned" if tuned else "default", name=r.kind, ms=statistics.median(r.times)*1e3, steps=len(r.times),
-                 memory_mb=None if tuned else r.about["memory"]/2**20, loss=r.about["loss"], threads=r.about["threads"]) for r in runners]
+    rows = [dict(precision=precision, allocator="tuned" if tuned else "default", name=r.kind,
+                 ms=statistics.median(r.times)*1e3, steps=len(r.times),
+                 memory_mb=None if tuned else r.about["memory"]/2**20, loss=r.about["loss"],
+                 threads=r.about["threads"]) for r in runners]
     times = [theirs/mine for theirs, mine in zip(full.rounds, ours.rounds)]
-    return rows, {"time": times} if tuned else {"memory": [full.about["memory"]/ours.about["memory"]], "time": times}
+    return rows, {"time": times} if tuned else {
+        "memory": [full.about["memory"]/ours.about["memory"]], "time": times}
 
 
 
@@ -116,7 +126,8 @@ def main():
     a = p.parse_args()
     if a.contender: return contender(a.contender, a.precision, a.tuned, a.device)
 
-    for v in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"): os.environ.pop(v, None)
+    for v in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
+        os.environ.pop(v, None)
     rows, ratios, spread, targets = [], {}, {}, {}
     for precision in a.precision.split(","):
         for tuned in (False, True) if a.device == "cpu" else (False,):
@@ -124,17 +135,26 @@ def main():
             rows += got
             for what, values in found.items():
                 key = f"{precision} {what}" + (", tuned allocator" if tuned else "")
-                ratios[key], spread[key], targets[key] = round(statistics.median(values), 3), [round(min(values), 3), round(max(values), 3)], TARGETS[what]
+                ratios[key], spread[key], targets[key] = (round(statistics.median(values), 3),
+                                                          [round(min(values), 3),
+                                                           round(max(values), 3)], TARGETS[what])
 
     about = machine(a.device)
-    print(f"vocab {VOCAB}, tokens {TOKENS}, width {WIDTH}; {about.get('gpu', about['processor'])}, {about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}\n")
-    print(f"{'':5s} {'allocator':9s} {'contender':11s} {'MB added':>9s} {'ms a step':>10s} {'steps':>6s} {'loss':>8s}")
+    print(f"vocab {VOCAB}, tokens {TOKENS}, width {WIDTH}; {about.get('gpu', about['processor'])}, "
+          f"{about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}\n")
+    print(f"{'':5s} {'allocator':9s} {'contender':11s} {'MB added':>9s} {'ms a step':>10s} "
+          f"{'steps':>6s} {'loss':>8s}")
     for r in rows:
         added = "" if r["memory_mb"] is None else f"{r['memory_mb']:.0f}"
-        print(f"{r['precision']:5s} {r['allocator']:9s} {r['name']:11s} {added:>9s} {r['ms']:10.1f} {r['steps']:6d} {r['loss']:8.4f}")
+        print(f"{r['precision']:5s} {r['allocator']:9s} {r['name']:11s} {added:>9s} "
+              f"{r['ms']:10.1f} {r['steps']:6d} {r['loss']:8.4f}")
     print("\nall logits / bantam:")
-    for key, ratio in ratios.items(): print(f"{key:32s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the rounds), target {targets[key]}")
-    result = dict(name="loss_memory" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets, met=all(ratios[k] >= t for k, t in targets.items()), machine=about, versions=versions("torch"))
+    for key, ratio in ratios.items():
+        print(f"{key:32s} {ratio:.2f} times ({spread[key][0]:.2f} to {spread[key][1]:.2f} over the "
+              f"rounds), target {targets[key]}")
+    result = dict(name="loss_memory" + "_cuda"*(a.device == "cuda"), ratios=ratios, targets=targets,
+                  met=all(ratios[k] >= t for k, t in targets.items()), machine=about,
+                  versions=versions("torch"))
     report(result, a.json, rows=rows, spread=spread)
 
 

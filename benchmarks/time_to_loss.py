@@ -18,11 +18,16 @@ import argparse, json, math, os, statistics, subprocess, sys, time
 from _common import machine, report, versions
 
 CONTEXT = 64
-BASELINE = dict(layers=4, heads=4, width=128, batch=12, steps=2000, warmup=100, lr=1e-3, min_lr=1e-4, betas=(.9, .99), decay=.1, clip=1.)
-MODEL = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT,
+BASELINE = dict(layers=4, heads=4, width=128, batch=12, steps=2000, warmup=100, lr=1e-3,
+                min_lr=1e-4, betas=(.9, .99), decay=.1, clip=1.)
+MODEL = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=CONTEXT,
              ffn_type="relu2", qk_norm=True, residual_init="zero")
-SPRINT = dict(steps=180, batch=24, precision="bf16", warmup=.01, model={}, args=dict(lr=2e-2, muon_lr=2e-2, muon_momentum=.85, beta2=.95, weight_decay=0., grad_clip=1.))
-EQUAL = SPRINT | dict(args=SPRINT["args"] | dict(lr=1e-2, muon_lr=1.5e-2, muon_momentum=.95, weight_decay=.1))
+SPRINT = dict(steps=180, batch=24, precision="bf16", warmup=.01, model={},
+              args=dict(lr=2e-2, muon_lr=2e-2, muon_momentum=.85, beta2=.95, weight_decay=0.,
+                        grad_clip=1.))
+EQUAL = SPRINT | dict(args=SPRINT["args"] | dict(lr=1e-2, muon_lr=1.5e-2, muon_momentum=.95,
+                                                 weight_decay=.1))
 TARGETS = {"time to the baseline's loss": 1/6, "loss below the baseline's at equal time": .25}
 
 
@@ -68,12 +73,15 @@ def baseline_model(vocab):
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.ln1, self.qkv, self.out = nn.LayerNorm(D, bias=False), nn.Linear(D, 3*D, bias=False), nn.Linear(D, D, bias=False)
-            self.ln2, self.up, self.down = nn.LayerNorm(D, bias=False), nn.Linear(D, 4*D, bias=False), nn.Linear(4*D, D, bias=False)
+            self.ln1, self.qkv, self.out = nn.LayerNorm(D, bias=False), nn.Linear(
+                D, 3*D, bias=False), nn.Linear(D, D, bias=False)
+            self.ln2, self.up, self.down = nn.LayerNorm(D, bias=False), nn.Linear(
+                D, 4*D, bias=False), nn.Linear(4*D, D, bias=False)
 
         def forward(self, x):
             B, T, _ = x.shape
-            q, k, v = (t.view(B, T, H, D//H).transpose(1, 2) for t in self.qkv(self.ln1(x)).split(D, -1))
+            q, k, v = (t.view(B, T, H, D//H).transpose(1, 2)
+                       for t in self.qkv(self.ln1(x)).split(D, -1))
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(a.transpose(1, 2).reshape(B, T, D))
             return x + self.down(F.gelu(self.up(self.ln2(x))))
@@ -82,9 +90,12 @@ def baseline_model(vocab):
         def __init__(self):
             super().__init__()
             self.words, self.places = nn.Embedding(vocab, D), nn.Embedding(CONTEXT, D)
-            self.layers, self.norm = nn.ModuleList(Layer() for _ in range(L)), nn.LayerNorm(D, bias=False)
+            self.layers, self.norm = (nn.ModuleList(Layer() for _ in range(L)),
+                                      nn.LayerNorm(D, bias=False))
             for name, p in self.named_parameters():
-                if p.ndim == 2: nn.init.normal_(p, std=.02 / ((2*L)**.5 if "out." in name or "down." in name else 1))
+                if p.ndim == 2:
+                    nn.init.normal_(
+                        p, std=.02 / ((2*L)**.5 if "out." in name or "down." in name else 1))
 
         def forward(self, x, y):
             h = self.words(x) + self.places.weight[:x.shape[1]]
@@ -97,7 +108,8 @@ def baseline_model(vocab):
 def run_baseline(ids, vocab, seed, b, stop):
     import torch
     model = baseline_model(vocab)
-    groups = [dict(params=[p for p in model.parameters() if p.ndim == n], weight_decay=d) for n, d in ((2, b["decay"]), (1, 0.))]
+    groups = [dict(params=[p for p in model.parameters() if p.ndim == n], weight_decay=d)
+              for n, d in ((2, b["decay"]), (1, 0.))]
     opt = torch.optim.AdamW(groups, lr=b["lr"], betas=b["betas"], foreach=False, fused=False)
 
     def rate(step):
@@ -136,7 +148,8 @@ def run_bantam(ids, vocab, seed, plan, stop):
 
     def step(done, x, y):
         loss = accumulate(model, [Batch(x, y)], cpu, precision)
-        take_step(opt, loss, min(1 - done, (done + 1/plan["steps"]) / plan["warmup"]), args.grad_clip)
+        take_step(opt, loss, min(1 - done, (done + 1/plan["steps"]) / plan["warmup"]),
+                  args.grad_clip)
 
     return train(step, stop, batches(ids, plan["batch"], seed)), model, loss_of
 
@@ -144,7 +157,8 @@ def run_bantam(ids, vocab, seed, plan, stop):
 # What both share
 
 def train(step, progress, data):
-    "Seconds and number of steps until `progress(steps, seconds)` reaches one; only the steps count, with the making of their batches."
+    """Seconds and number of steps until `progress(steps, seconds)` reaches one; only the steps
+    count, with the making of their batches."""
     elapsed, i = 0., 0
     while (done := progress(i, elapsed)) < 1:
         start = time.perf_counter()
@@ -159,7 +173,8 @@ def held_out(loss_of, ids, context=CONTEXT):
     import torch
     n = (len(ids) - 1) // context
     x, y = (ids[k:k + n*context].view(n, context) for k in (0, 1))
-    with torch.no_grad(): return sum(loss_of(a, b).item() * len(a) for a, b in zip(x.split(128), y.split(128))) / n
+    with torch.no_grad():
+        return sum(loss_of(a, b).item() * len(a) for a, b in zip(x.split(128), y.split(128))) / n
 
 
 def contender(a):
@@ -170,11 +185,14 @@ def contender(a):
     ids, vocab = characters(a.text)
     cut = int(.9 * len(ids))
     run = run_baseline if a.contender == "baseline" else run_bantam
-    for stop in (Steps(3), Seconds(a.seconds) if a.seconds else Steps(a.steps)): # a few steps on a model that is thrown away wake threads and caches
+    # a few steps on a model that is thrown away wake threads and caches
+    for stop in (Steps(3), Seconds(a.seconds) if a.seconds else Steps(a.steps)):
         seed_everything(a.seed)
         (seconds, steps), model, loss_of = run(ids[:cut], vocab, a.seed, json.loads(a.plan), stop)
     model.eval()
-    print(json.dumps(dict(seconds=seconds, steps=steps, loss=held_out(loss_of, ids[cut:]), parameters=sum(p.numel() for p in model.parameters()), threads=torch.get_num_threads())))
+    print(json.dumps(dict(seconds=seconds, steps=steps, loss=held_out(loss_of, ids[cut:]),
+                          parameters=sum(p.numel() for p in model.parameters()),
+                          threads=torch.get_num_threads())))
 
 
 def Steps(n): return lambda i, elapsed: i/n
@@ -183,48 +201,67 @@ def Seconds(n): return lambda i, elapsed: elapsed/n
 
 def run(name, plan, a, seed, **stop):
     "The result of a contender."
-    command = [sys.executable, __file__, "--contender", name, "--plan", json.dumps(plan), "--seed", str(seed), *(["--text", a.text] if a.text else [])]
-    done = subprocess.run(command + [f"--{k}={v}" for k, v in stop.items()], stdout=subprocess.PIPE, text=True)
-    if done.returncode: sys.exit(f"{name} ended with status {done.returncode}; its message stands above")
+    command = [sys.executable, __file__, "--contender", name, "--plan", json.dumps(plan), "--seed",
+               str(seed), *(["--text", a.text] if a.text else [])]
+    done = subprocess.run(command + [f"--{k}={v}" for k, v in stop.items()],
+                          stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name} ended with status {done.returncode}; its message stands above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="a fortieth of the steps, one seed: shows that it runs, not how well")
+    p.add_argument("--quick", action="store_true",
+                   help="a fortieth of the steps, one seed: shows that it runs, not how well")
     p.add_argument("--json", metavar="FILE", help="write the result, with every run, to FILE")
-    p.add_argument("--text", metavar="FILE", help="train on this text; without it on sources of Python's standard library")
+    p.add_argument("--text", metavar="FILE", help="train on this text; "
+                                                  "without it on sources of Python's standard "
+                                                  "library")
     p.add_argument("--seeds", type=int, default=3)
-    for hidden, kind in dict(contender=str, plan=str, seed=int, steps=int, seconds=float).items(): p.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
+    for hidden, kind in dict(contender=str, plan=str, seed=int, steps=int, seconds=float).items():
+        p.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.contender: return contender(a)
 
     small = 40 if a.quick else 1
     rows, shares, gains, reached = [], [], [], []
-    print(f"{'seed':>4s}  {'run':10s} {'steps':>6s} {'seconds':>8s} {'ms a step':>10s} {'held-out loss':>14s} {'parameters':>11s}")
+    print(f"{'seed':>4s}  {'run':10s} {'steps':>6s} {'seconds':>8s} {'ms a step':>10s} "
+          f"{'held-out loss':>14s} {'parameters':>11s}")
     for seed in range(1 if a.quick else a.seeds):
         base = run("baseline", BASELINE, a, seed, steps=BASELINE["steps"] // small)
-        got = {"baseline": base, "sprint": run("sprint", SPRINT, a, seed, steps=SPRINT["steps"] // small), "equal time": run("equal time", EQUAL, a, seed, seconds=base["seconds"])}
+        got = {"baseline": base, "sprint": run("sprint", SPRINT, a, seed,
+                                               steps=SPRINT["steps"] // small),
+               "equal time": run("equal time", EQUAL, a, seed, seconds=base["seconds"])}
         for name, r in got.items():
             rows.append(dict(seed=seed, run=name) | r)
-            print(f"{seed:4d}  {name:10s} {r['steps']:6d} {r['seconds']:8.2f} {1e3*r['seconds']/r['steps']:10.1f} {r['loss']:14.4f} {r['parameters']:11d}", flush=True)
-        if max(got[n]["parameters"] for n in ("sprint", "equal time")) > base["parameters"]: sys.exit("bantam has more parameters than the baseline; make MODEL smaller")
+            print(f"{seed:4d}  {name:10s} {r['steps']:6d} {r['seconds']:8.2f} "
+                  f"{1e3*r['seconds']/r['steps']:10.1f} {r['loss']:14.4f} {r['parameters']:11d}",
+                  flush=True)
+        if max(got[n]["parameters"] for n in ("sprint", "equal time")) > base["parameters"]:
+            sys.exit("bantam has more parameters than the baseline; make MODEL smaller")
         reached.append(got["sprint"]["loss"] <= base["loss"])
         shares.append(got["sprint"]["seconds"] / base["seconds"])
         gains.append(base["loss"] - got["equal time"]["loss"])
 
-    ratios = dict(zip(TARGETS, (round(statistics.mean(shares), 4), round(statistics.mean(gains), 4))))
+    ratios = dict(zip(TARGETS, (round(statistics.mean(shares), 4),
+                                round(statistics.mean(gains), 4))))
     (sixth, below), (share, gain) = TARGETS.values(), ratios.values()
     about = machine()
-    print(f"\n{a.text or 'sources of the standard library'}; {about['processor']}, {about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}")
-    print(f"sprint: {share:.3f} of the baseline's time ({min(shares):.3f} to {max(shares):.3f}), target at most {sixth:.3f}; loss reached in {sum(reached)} of {len(reached)} seeds")
-    print(f"equal time: loss lower by {gain:.3f} ({min(gains):.3f} to {max(gains):.3f}), target at least {below}")
+    print(f"\n{a.text or 'sources of the standard library'}; {about['processor']}, "
+          f"{about['cores']} cores, wait policy {about['OMP_WAIT_POLICY']}")
+    print(f"sprint: {share:.3f} of the baseline's time ({min(shares):.3f} to {max(shares):.3f}), "
+          f"target at most {sixth:.3f}; loss reached in {sum(reached)} of {len(reached)} seeds")
+    print(f"equal time: loss lower by {gain:.3f} ({min(gains):.3f} to {max(gains):.3f}), "
+          f"target at least {below}")
     import torch
     met = not a.quick and all(reached) and share <= sixth and gain >= below
-    result = dict(name="time_to_loss", ratios=ratios, targets=TARGETS, met=met, machine=about, versions=versions("torch"))
+    result = dict(name="time_to_loss", ratios=ratios, targets=TARGETS, met=met, machine=about,
+                  versions=versions("torch"))
     text = os.path.basename(a.text) if a.text else "stdlib"
-    report(result, a.json, rows=rows, reached=reached, text=text, sprint=SPRINT, equal_time=EQUAL, model=MODEL)
+    report(result, a.json, rows=rows, reached=reached, text=text, sprint=SPRINT, equal_time=EQUAL,
+           model=MODEL)
 
 
 if __name__ == "__main__": main()

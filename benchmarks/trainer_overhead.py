@@ -34,7 +34,8 @@ def make_data(folder, tokens):
     from bantam.data.pack import Shards, write_shards
     class Vocabulary: vocab_size, fingerprint = 8192, "0"*64
     rng = np.random.default_rng(0)
-    write_shards((rng.integers(78, 8192, 300).astype("<u2") for _ in range(tokens//300)), folder, Vocabulary)
+    write_shards((rng.integers(78, 8192, 300).astype("<u2") for _ in range(tokens//300)),
+                 folder, Vocabulary)
     return Shards(folder, verify=False)
 
 
@@ -46,9 +47,11 @@ def trainer_of(folder, shards, accum_steps, preset="small"):
     from bantam.data.loader import BlockDataset, Loader
     from bantam.model.lm import BantamForCausalLM
     from bantam.train.trainer import Trainer
-    model = BantamForCausalLM(BantamConfig.from_preset(preset, vocab_size=8192, max_position_embeddings=256))
+    model = BantamForCausalLM(BantamConfig.from_preset(preset, vocab_size=8192,
+                                                       max_position_embeddings=256))
     data = lambda: Loader(BlockDataset(shards, 256), 1)
-    t = Trainer(model, TrainingArgs(out_dir=folder, device="cpu", accum_steps=accum_steps, max_steps=10**6), data(), data())
+    t = Trainer(model, TrainingArgs(out_dir=folder, device="cpu", accum_steps=accum_steps,
+                                    max_steps=10**6), data(), data())
     t._begin()
     return t
 
@@ -108,17 +111,23 @@ def saving(t, rounds):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="few steps and a small checkpoint, to see that it runs")
+    p.add_argument("--quick", action="store_true",
+                   help="few steps and a small checkpoint, to see that it runs")
     p.add_argument("--json", metavar="FILE", help="write the result, with every row, to FILE")
     a = p.parse_args()
     clock, rows = Clock(), {}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         shards = make_data(f"{folder}/data", 200_000)
-        for name, accum in (("32 micro-batches a step (default)", 2 if a.quick else 32), ("1 micro-batch a step", 1)):
-            t = trainer_of(f"{folder}/run{accum}{name[0]}", shards, accum, "tiny" if a.quick else "small")
-            step, extra, evaluation, save = overhead(t, 4 if a.quick else max(10, 100//accum), clock)
-            every = dict(logging=extra, evaluation=evaluation/t.args.eval_every_n, checkpoints=save/t.args.save_every_n)
-            rows[name] = dict(step=step, **every, share=sum(every.values())/(step + evaluation/t.args.eval_every_n + save/t.args.save_every_n))
+        for name, accum in (("32 micro-batches a step (default)", 2 if a.quick else 32),
+                            ("1 micro-batch a step", 1)):
+            t = trainer_of(f"{folder}/run{accum}{name[0]}", shards, accum,
+                           "tiny" if a.quick else "small")
+            step, extra, evaluation, save = overhead(t,
+                                                     4 if a.quick else max(10, 100//accum), clock)
+            every = dict(logging=extra, evaluation=evaluation/t.args.eval_every_n,
+                         checkpoints=save/t.args.save_every_n)
+            rows[name] = dict(step=step, **every, share=sum(
+                every.values())/(step + evaluation/t.args.eval_every_n + save/t.args.save_every_n))
             t.log.close()
         big = trainer_of(f"{folder}/big", shards, 1, "tiny" if a.quick else "small")
         if not a.quick:
@@ -127,21 +136,33 @@ def main():
             big.log.close()
             from bantam.args import TrainingArgs
             from bantam.model.lm import BantamForCausalLM
-            model = BantamForCausalLM(BantamConfig.from_preset("small", vocab_size=8192, hidden_size=320, intermediate_size=896, num_hidden_layers=7, num_attention_heads=10, num_key_value_heads=10))
-            big = room.Trainer(model, TrainingArgs(out_dir=f"{folder}/hundred", device="cpu", optimizer="adamw"), big.data)
+            model = BantamForCausalLM(
+                BantamConfig.from_preset("small", vocab_size=8192, hidden_size=320,
+                                         intermediate_size=896, num_hidden_layers=7,
+                                         num_attention_heads=10, num_key_value_heads=10))
+            big = room.Trainer(model, TrainingArgs(out_dir=f"{folder}/hundred", device="cpu",
+                                                   optimizer="adamw"), big.data)
             big._begin()
         size, ours, theirs = saving(big, 2 if a.quick else 9)
         big.log.close()
     about = machine()
-    print(f"the {'tiny' if a.quick else 'small'} preset, 256 tokens a row; {about['processor']}\n\n{'':36s} {'ms a step':>10s} {'logging':>9s} {'evaluation':>11s} {'checkpoints':>12s} {'overhead':>9s}")
-    for n, r in rows.items(): print(f"{n:36s} {r['step']*1e3:10.1f} {r['logging']*1e3:9.3f} {r['evaluation']*1e3:11.3f} {r['checkpoints']*1e3:12.3f} {r['share']:9.2%}")
-    print(f"\na checkpoint of {size/1e6:.0f} MB: {size/ours/1e6:.0f} MB/s; write and fsync of as many bytes: {size/theirs/1e6:.0f} MB/s; share {theirs/ours:.2f}")
+    print(f"the {'tiny' if a.quick else 'small'} preset, 256 tokens a row; "
+          f"{about['processor']}\n\n{'':36s} {'ms a step':>10s} {'logging':>9s} "
+          f"{'evaluation':>11s} {'checkpoints':>12s} {'overhead':>9s}")
+    for n, r in rows.items():
+        print(f"{n:36s} {r['step']*1e3:10.1f} {r['logging']*1e3:9.3f} {r['evaluation']*1e3:11.3f} "
+              f"{r['checkpoints']*1e3:12.3f} {r['share']:9.2%}")
+    print(f"\na checkpoint of {size/1e6:.0f} MB: {size/ours/1e6:.0f} MB/s; "
+          f"write and fsync of as many bytes: {size/theirs/1e6:.0f} MB/s; share {theirs/ours:.2f}")
     first = next(iter(rows.values()))["share"]
-    ratios = {"overhead, share of wall time": round(first, 5), "overhead with one micro-batch a step": round(list(rows.values())[1]["share"], 5),
+    ratios = {"overhead, share of wall time": round(first, 5),
+              "overhead with one micro-batch a step": round(list(rows.values())[1]["share"], 5),
               "saving, share of the disk's write speed": round(theirs/ours, 3)}
     met = first < .03 and theirs/ours >= .7
-    result = dict(name="trainer_overhead", ratios=ratios, targets=TARGETS, met=bool(met), machine=about, versions=versions("torch", "safetensors"))
-    report(result, a.json, rows=rows, checkpoint=dict(bytes=size, seconds=ours, naive_seconds=theirs))
+    result = dict(name="trainer_overhead", ratios=ratios, targets=TARGETS, met=bool(met),
+                  machine=about, versions=versions("torch", "safetensors"))
+    report(result, a.json, rows=rows, checkpoint=dict(bytes=size, seconds=ours,
+                                                      naive_seconds=theirs))
 
 
 if __name__ == "__main__": main()

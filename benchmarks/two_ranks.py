@@ -58,9 +58,13 @@ if ranks.main: print(json.dumps(ranks.size*rows*accum*length*steps/(time.perf_co
 
 def run(file, way, job):
     "Tokens a second of one job."
-    how = [sys.executable] if way == "one" else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | dict(OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="2" if way == "one" else "1", PYTHONPATH=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    done = subprocess.run([*how, file, json.dumps([way, *job])], capture_output=True, text=True, env=env)
+    how = [sys.executable] if way == "one" else [sys.executable, "-m", "torch.distributed.run",
+                                                 "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | dict(OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo",
+                            OMP_NUM_THREADS="2" if way == "one" else "1",
+                            PYTHONPATH=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run([*how, file, json.dumps([way, *job])], capture_output=True,
+                          text=True, env=env)
     if done.returncode: sys.exit(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -68,7 +72,8 @@ def run(file, way, job):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="a few steps of one round, to see that it runs")
+    p.add_argument("--quick", action="store_true",
+                   help="a few steps of one round, to see that it runs")
     p.add_argument("--json", metavar="FILE", help="write the result, with every round, to FILE")
     p.add_argument("--preset", default="small", help="shape of the model")
     p.add_argument("--batch-size", type=int, default=8, help="rows of a micro-batch")
@@ -76,7 +81,9 @@ def main():
     p.add_argument("--accum-steps", type=int, default=4, help="micro-batches of a step")
     p.add_argument("--precision", default="auto", help="auto, bf16, fp32")
     a = p.parse_args()
-    names = {"one": "one process, two threads", "ddp": "two ranks, DDP", "bf16": "two ranks, DDP, bf16 sums", "fsdp": "two ranks, FSDP2", "by hand": "two ranks, summed afterwards"}
+    names = {"one": "one process, two threads", "ddp": "two ranks, DDP",
+             "bf16": "two ranks, DDP, bf16 sums", "fsdp": "two ranks, FSDP2",
+             "by hand": "two ranks, summed afterwards"}
     job = (2 if a.quick else 8, a.preset, a.batch_size, a.seq_len, a.accum_steps, a.precision)
     speeds = {w: [] for w in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,10 +92,15 @@ def main():
         for _ in range(1 if a.quick else 5):
             for way in names: speeds[way].append(run(file, way, job))
     medians, about = {w: statistics.median(s) for w, s in speeds.items()}, machine()
-    print(f"{a.preset}, {a.accum_steps} x {a.batch_size} rows of {a.seq_len}, {a.precision}; {about['processor']}, {about['cores']} cores\n\n{'':32s} {'tokens/s':>10s} {'over one process':>17s}")
+    print(f"{a.preset}, {a.accum_steps} x {a.batch_size} rows of {a.seq_len}, {a.precision}; "
+          f"{about['processor']}, {about['cores']} cores\n\n{'':32s} {'tokens/s':>10s} "
+          f"{'over one process':>17s}")
     for w, s in medians.items(): print(f"{names[w]:32s} {s:10.0f} {s/medians['one']:17.3f}")
-    ratios = {f"{names[w]}, over one process": round(s/medians["one"], 4) for w, s in medians.items() if w != "one"}
-    result = dict(name="two_ranks", ratios=ratios, targets=TARGETS, met=bool(ratios["two ranks, DDP, over one process"] >= .9), machine=about, versions=versions("torch"))
+    ratios = {f"{names[w]}, over one process": round(s/medians["one"], 4)
+              for w, s in medians.items() if w != "one"}
+    result = dict(name="two_ranks", ratios=ratios, targets=TARGETS,
+                  met=bool(ratios["two ranks, DDP, over one process"] >= .9), machine=about,
+                  versions=versions("torch"))
     report(result, a.json, tokens_per_second=speeds)
 
 

@@ -10,10 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 def find_browser():
     "A Chromium of this machine, or None."
-    return os.environ.get("CHROME") or next((b for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (b := shutil.which(n))), None)
+    return os.environ.get("CHROME") or next(
+        (b for n in ("chromium", "chromium-browser", "google-chrome",
+                     "chrome") if (b := shutil.which(n))), None)
 
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +24,15 @@ def chromium():
     "Path of a browser; without one the test is skipped, or fails where CI asks for it."
     path = find_browser()
     if not path:
-        if os.environ.get("BANTAM_BROWSER") == "required": pytest.fail("no Chromium found, and BANTAM_BROWSER=required")
+        if os.environ.get("BANTAM_BROWSER") == "required":
+            pytest.fail("no Chromium found, and BANTAM_BROWSER=required")
         pytest.skip("no Chromium found; install one, or name it in CHROME")
     pytest.importorskip("playwright.sync_api")
     return path
 
 
-@pytest.fixture(scope="module")  # of a module: its event loop must be gone when the next one has its own
+# of a module: its event loop must be gone when the next one has its own
+@pytest.fixture(scope="module")
 def browser(chromium):
     "Headless Chromium."
     from playwright.sync_api import sync_playwright

@@ -19,13 +19,16 @@ from bantam.core import BantamError, sha256_file
 from bantam.model.lm import BantamForCausalLM
 from bantam.text.tokenizer import BantamTokenizer
 from bantam.text.trainbpe import train_bpe
-from bantam.train.checkpoint import NEEDED, checkpoints, cleared, is_good, load_checkpoint, newest_checkpoint, pointed, save_checkpoint, verify_checkpoint
+from bantam.train.checkpoint import (NEEDED, checkpoints, cleared, is_good, load_checkpoint,
+                                     newest_checkpoint, pointed, save_checkpoint, verify_checkpoint)
 from bantam.train.optim import build_optimizer
 
 ARGS = TrainingArgs(lr=.01, keep_last_k=3)
-CONFIG = BantamConfig.from_preset("tiny", vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+CONFIG = BantamConfig.from_preset("tiny", vocab_size=96, hidden_size=16, intermediate_size=32,
+                                  num_hidden_layers=1,
                                   num_attention_heads=2, num_key_value_heads=1)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "bpe_training_args.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "bpe_training_args.json")
 EXTRA = ("average.safetensors", "experts/expert_0.safetensors")
 FILES = (*NEEDED, *TOKENIZER_FILES, *EXTRA, "manifest.json")
 
@@ -45,7 +48,8 @@ def extra(folder):
 def run(tmp_path_factory):
     "A run with three good checkpoints."
     torch.manual_seed(0)
-    folder, (model, opt), tokenizer = tmp_path_factory.mktemp("run"), fresh(), BantamTokenizer.default()
+    folder, (model, opt), tokenizer = (tmp_path_factory.mktemp("run"), fresh(),
+                                       BantamTokenizer.default())
     for step in (1, 2, 3):
         x_BT = torch.randint(96, (2, 8))
         model(x_BT, targets=x_BT).loss.backward()
@@ -66,7 +70,8 @@ def longer(p): p.write_bytes(p.read_bytes() + b"\n")
 def first_bit(p): flip(p, 0, 1)
 def middle_bit(p): flip(p, p.stat().st_size//2, 16)
 def last_bit(p): flip(p, -1, 128)
-def zero_page(p): p.write_bytes(p.read_bytes()[:8] + bytes(len(p.read_bytes()[8:4096])) + p.read_bytes()[4096:])
+def zero_page(p):
+    p.write_bytes(p.read_bytes()[:8] + bytes(len(p.read_bytes()[8:4096])) + p.read_bytes()[4096:])
 def missing(p): p.unlink()
 def folder(p): p.unlink(); p.mkdir()
 
@@ -79,20 +84,24 @@ def flip(p, at, bit):
 
 def test_the_table_has_every_file(run):
     newest = newest_checkpoint(run)
-    assert {p.relative_to(newest).as_posix() for p in newest.rglob("*") if p.is_file()} == set(FILES)
+    assert ({p.relative_to(newest).as_posix() for p in newest.rglob("*") if p.is_file()}
+            == set(FILES))
 
 
-@pytest.mark.parametrize("harm", [truncate, empty, longer, first_bit, middle_bit, last_bit, zero_page, missing, folder], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("harm", [truncate, empty, longer, first_bit, middle_bit, last_bit,
+                                  zero_page, missing, folder], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_named_and_the_one_before_is_used(hurt, caplog, name, harm):
-    if (name, harm) == ("manifest.json", longer): pytest.skip("a line break after JSON changes nothing")
+    if (name, harm) == ("manifest.json", longer):
+        pytest.skip("a line break after JSON changes nothing")
     newest = hurt/"checkpoints"/"step-00000003"
     harm(newest/name)
     with pytest.raises(BantamError, match=name): verify_checkpoint(newest)
     with pytest.raises(BantamError, match=name): load_checkpoint(newest, *fresh())
     with caplog.at_level(logging.WARNING): found = newest_checkpoint(hurt)
     assert found.name == "step-00000002"
-    assert len(caplog.records) == 1 and name in caplog.text and "NOT USED" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert (len(caplog.records) == 1 and name in caplog.text and "NOT USED" in caplog.text
+            and "\n" not in caplog.records[0].getMessage())
     assert load_checkpoint(found, *fresh())["step"] == 2
 
 
@@ -103,21 +112,26 @@ def test_two_rotten_ones_leave_the_third(hurt):
     with pytest.raises(BantamError, match="no good checkpoint"): newest_checkpoint(hurt)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors",
+                                  "training_state.json"])
 def test_files_of_another_checkpoint_do_not_pass(hurt, name):
     shutil.copy(hurt/"checkpoints"/"step-00000002"/name, hurt/"checkpoints"/"step-00000003"/name)
-    with pytest.raises(BantamError, match=name): verify_checkpoint(hurt/"checkpoints"/"step-00000003")
+    with pytest.raises(BantamError, match=name):
+        verify_checkpoint(hurt/"checkpoints"/"step-00000003")
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     "A tokenizer, a config and training arguments of another run."
     folder = tmp_path_factory.mktemp("other")
-    train_bpe(["other words in another order " * 20], vocab_size=340, lowercase=True).save(folder/"tokenizer")
+    train_bpe(["other words in another order " * 20], vocab_size=340,
+              lowercase=True).save(folder/"tokenizer")
     model = BantamForCausalLM(CONFIG.replace(rope_theta=500., bos_token_id=5))
     opt = build_optimizer(model, ARGS.replace(lr=.5))
-    for step in (1, 2, 3):  # the third one, so that a foreign manifest says as well that it is the newest
-        c = save_checkpoint(folder, step, model, BantamTokenizer.load(folder/"tokenizer"), opt, dict(epoch=1), ARGS.replace(seed=1), extra=extra)
+    # the third one, so that a foreign manifest says as well that it is the newest
+    for step in (1, 2, 3):
+        c = save_checkpoint(folder, step, model, BantamTokenizer.load(folder/"tokenizer"), opt,
+                            dict(epoch=1), ARGS.replace(seed=1), extra=extra)
     return c
 
 
@@ -127,28 +141,35 @@ def test_swapped_tokenizer(run, other):
     before = [t.clone() for t in (*model.parameters(), *opt.state_dict()[0].values())]
     with pytest.raises(BantamError, match="tokenizer.json is not the tokenizer in use"):
         load_checkpoint(newest_checkpoint(run), model, opt, BantamTokenizer.load(other))
-    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *opt.state_dict()[0].values())))
+    assert all(torch.equal(a, b) for a, b in zip(
+        before, (*model.parameters(), *opt.state_dict()[0].values())))
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n not in (*EXTRA, "special_tokens_map.json")]) # those are the same in both
+# those are the same in both
+@pytest.mark.parametrize("name", [n for n in FILES if n not in (*EXTRA, "special_tokens_map.json")])
 def test_a_file_of_another_run(hurt, other, caplog, name):
     "Well-formed, but not the one that was written."
     newest = hurt/"checkpoints"/"step-00000003"
-    assert (newest/name).read_bytes() != (other/name).read_bytes(), f"{name} is the same in both runs; the test would show nothing"
+    assert (newest/name).read_bytes() != (
+        other/name).read_bytes(), f"{name} is the same in both runs; the test would show nothing"
     shutil.copy(other/name, newest/name)
-    named = "bpe_training_args.json" if name == "manifest.json" else name # A foreign list names the first file that is not its own
+    # A foreign list names the first file that is not its own
+    named = "bpe_training_args.json" if name == "manifest.json" else name
     with pytest.raises(BantamError, match=named): load_checkpoint(newest, *fresh())
     with caplog.at_level(logging.WARNING): assert newest_checkpoint(hurt).name == "step-00000002"
     assert "NOT USED" in caplog.text
 
 
-@pytest.mark.parametrize("change", [dict(hidden_size=32), dict(num_hidden_layers=2), dict(rope_theta=500.), dict(tie_word_embeddings=False),
+@pytest.mark.parametrize("change", [dict(hidden_size=32), dict(num_hidden_layers=2),
+                                    dict(rope_theta=500.), dict(tie_word_embeddings=False),
                                     dict(vocab_size=97), dict(residual_dropout=.1)], ids=str)
 def test_other_config_changes_nothing_in_the_model(run, change):
     model, opt = fresh(CONFIG.replace(**change))
     before = [t.clone() for t in (*model.parameters(), *opt.state_dict()[0].values())]
-    with pytest.raises(BantamError, match=next(iter(change))): load_checkpoint(newest_checkpoint(run), model, opt)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *opt.state_dict()[0].values())))
+    with pytest.raises(BantamError, match=next(iter(change))):
+        load_checkpoint(newest_checkpoint(run), model, opt)
+    assert all(torch.equal(a, b) for a, b in zip(
+        before, (*model.parameters(), *opt.state_dict()[0].values())))
 
 
 def test_saving_over_damage_heals_the_run(hurt):
@@ -161,10 +182,11 @@ def test_saving_over_damage_heals_the_run(hurt):
     for c in checkpoints(hurt): verify_checkpoint(c)
 
 
-# --- how many stay ------------------------------------------------------------------------------------------------------------
+# --- how many stay --------------------------------------------------------------------------------
 
 def test_keep_one_keeps_two_until_the_new_one_is_whole(tmp_path):
-    "At every act of the file system of every save there are two good ones, once there have been two."
+    """At every act of the file system of every save there are two good ones, once there have been
+    two."""
     model, opt = fresh()
     seen, acts = [], {n: getattr(os, n) for n in ("fsync", "replace", "unlink")}
     def watched(name):
@@ -174,8 +196,10 @@ def test_keep_one_keeps_two_until_the_new_one_is_whole(tmp_path):
             return done
         return act
     for step in range(1, 6):
-        with patch("os.fsync", watched("fsync")), patch("os.replace", watched("replace")), patch("os.unlink", watched("unlink")):
-            save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1))
+        with patch("os.fsync", watched("fsync")), patch("os.replace", watched("replace")), patch(
+            "os.unlink", watched("unlink")):
+            save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0),
+                            ARGS.replace(keep_last_k=1))
             cleared()
         if step == 2: seen.clear()
     assert len(seen) > 30 and min(seen) == 2 and max(seen) == 3
@@ -185,32 +209,45 @@ def test_keep_one_keeps_two_until_the_new_one_is_whole(tmp_path):
 def test_what_was_touched_is_read_again(run, tmp_path):
     "An older checkpoint goes only when two others were read by this process and not touched since."
     run, (model, opt) = shutil.copytree(run, tmp_path/"run"), fresh()
-    def save(step): save_checkpoint(run, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1))
+    def save(step):
+        save_checkpoint(run, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1))
     read = []
-    with patch("bantam.train.checkpoint.sha256_file", lambda p, f=sha256_file: read.append(p) or f(p)): save(4)
-    assert {p.parent.name for p in read if p.name == "model.safetensors" and not p.parent.name.startswith(".")} == {"step-00000003"}  # a copy that this process has not read yet
+    with patch("bantam.train.checkpoint.sha256_file",
+               lambda p, f=sha256_file: read.append(p) or f(p)):
+        save(4)
+    # a copy that this process has not read yet
+    assert {p.parent.name for p in read if p.name == "model.safetensors"
+            and not p.parent.name.startswith(".")} == {"step-00000003"}
     assert [c.name[-1] for c in checkpoints(run)] == ["4", "3"]
     stamp = (run/"checkpoints"/"step-00000004"/"model.safetensors").stat()
     last_bit(run/"checkpoints"/"step-00000004"/"model.safetensors")
-    os.utime(run/"checkpoints"/"step-00000004"/"model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    os.utime(run/"checkpoints"/"step-00000004"/"model.safetensors",
+             ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     read.clear()
-    with patch("bantam.train.checkpoint.sha256_file", lambda p, f=sha256_file: read.append(p) or f(p)): save(5)
-    assert {p.parent.name for p in read if p.name == "model.safetensors" and not p.parent.name.startswith(".")} == {"step-00000004"}
-    assert [c.name[-1] for c in checkpoints(run)] == ["5", "4", "3"]  # 4 is rotten, so 3 is the second good one
+    with patch("bantam.train.checkpoint.sha256_file",
+               lambda p, f=sha256_file: read.append(p) or f(p)):
+        save(5)
+    assert {p.parent.name for p in read if p.name == "model.safetensors"
+            and not p.parent.name.startswith(".")} == {"step-00000004"}
+    # 4 is rotten, so 3 is the second good one
+    assert [c.name[-1] for c in checkpoints(run)] == ["5", "4", "3"]
     read.clear()
-    with patch("bantam.train.checkpoint.sha256_file", lambda p, f=sha256_file: read.append(p) or f(p)): newest_checkpoint(run)
+    with patch("bantam.train.checkpoint.sha256_file",
+               lambda p, f=sha256_file: read.append(p) or f(p)):
+        newest_checkpoint(run)
     assert {p.name for p in read} >= set(NEEDED)  # whoever loads reads everything
 
 
 def test_a_tagged_checkpoint_stays(tmp_path):
     model, opt = fresh()
     for step, tag in enumerate(["early", "early", None, "late", "late", None, None, None], 1):
-        save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS.replace(keep_last_k=1, save_tag=tag))
+        save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0),
+                        ARGS.replace(keep_last_k=1, save_tag=tag))
     assert [c.name[-1] for c in checkpoints(tmp_path)] == ["8", "7", "5", "2"]
     assert [pointed(tmp_path, f"tags/{t}").name[-1] for t in ("early", "late")] == ["2", "5"]
 
 
-# --- a full disk --------------------------------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
 def after_a_failure(run, good, error):
     "One line, and everything as it was."
@@ -228,18 +265,22 @@ def small_disk(tmp_path):
     "A file system with 1 MB."
     disk = tmp_path/"disk"
     disk.mkdir()
-    if shutil.which("mount") is None: pytest.skip("there is no `mount` here to make a small disk with")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if shutil.which("mount") is None:
+        pytest.skip("there is no `mount` here to make a small disk with")
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk],
+                          capture_output=True, text=True)
     if made.returncode: pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_loses_nothing(small_disk):
-    "With room for so many pages more, from none to enough: each save fails in one line or is whole."
+    """With room for so many pages more, from none to enough: each save fails in one line or is
+    whole."""
     run, (model, opt), good, failed = small_disk/"run", fresh(), [], 0
     args = ARGS.replace(keep_last_k=2)
-    for step in (1, 2): good.append(save_checkpoint(run, step, model, None, opt, dict(epoch=0), args))
+    for step in (1, 2):
+        good.append(save_checkpoint(run, step, model, None, opt, dict(epoch=0), args))
     step = 3
     for pages in range(0, 60):
         cleared()
@@ -261,13 +302,15 @@ def test_a_full_disk_loses_nothing(small_disk):
 
 @pytest.mark.parametrize("limit", [0, 60, 500, 2000, 5000])
 def test_no_file_may_grow(tmp_path, limit):
-    "The same where nothing can be mounted: the system refuses to write on, at any place of any file."
+    """The same where nothing can be mounted: the system refuses to write on, at any place of any
+    file."""
     run, (model, opt) = tmp_path, fresh()
     good = [save_checkpoint(run, step, model, None, opt, dict(epoch=0), ARGS) for step in (1, 2)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(BantamError) as e: save_checkpoint(run, 3, model, None, opt, dict(epoch=0), ARGS)
+        with pytest.raises(BantamError) as e:
+            save_checkpoint(run, 3, model, None, opt, dict(epoch=0), ARGS)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     after_a_failure(run, good, e.value)
     save_checkpoint(run, 3, model, None, opt, dict(epoch=0), ARGS)
@@ -276,14 +319,16 @@ def test_no_file_may_grow(tmp_path, limit):
 def test_every_fsync_may_fail(tmp_path):
     "Disks that buffer say only at `fsync` that they are full."
     (model, opt), real, n = fresh(), os.fsync, 0
-    good = [save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS) for step in (1, 2)]
+    good = [save_checkpoint(tmp_path, step, model, None, opt, dict(epoch=0), ARGS)
+            for step in (1, 2)]
     while True:
         calls = iter(range(n + 1))
         def fails(fd):
             if next(calls, n) == n: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return real(fd)
         try:
-            with patch("os.fsync", fails): save_checkpoint(tmp_path, 3, model, None, opt, dict(epoch=0), ARGS)
+            with patch("os.fsync", fails):
+                save_checkpoint(tmp_path, 3, model, None, opt, dict(epoch=0), ARGS)
         except BantamError as e: after_a_failure(tmp_path, good, e)
         else: break
         n += 1
@@ -291,10 +336,12 @@ def test_every_fsync_may_fail(tmp_path):
     verify_checkpoint(tmp_path/"checkpoints"/"step-00000003")
 
 
-# --- kills --------------------------------------------------------------------------------------------------------------------
+# --- kills ----------------------------------------------------------------------------------------
 
-# A helper that saves without pause in a child process, kills it at a random moment, and looks. It is a process of its own because a process
-# that has used several threads must not fork. The weights say which step they belong to, so a mixture of two saves would be seen.
+# A helper that saves without pause in a child process, kills it at a random moment, and looks. It
+# is a process of its own because a process
+# that has used several threads must not fork. The weights say which step they belong to, so a
+# mixture of two saves would be seen.
 KILLS = """
 import os, random, signal, struct, sys, time
 import torch
@@ -346,6 +393,8 @@ print(f"killed {kills} times, {left} times in the middle, {step} steps")
 
 
 def test_kill_at_any_moment_leaves_the_last_good_one(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path/"run"), "25", str(Path(__file__).parent)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path/"run"), "25",
+                           str(Path(__file__).parent)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split(", ")[1].split()[0]) >= 5, f"too few kills hit a save: {done.stdout}"
+    assert (int(done.stdout.split(", ")[1].split()[0])
+            >= 5), f"too few kills hit a save: {done.stdout}"

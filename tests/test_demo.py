@@ -1,4 +1,5 @@
-"""The demo, killed again and again, and gone on with by the line that it printed: it must end in the same bits as one that was left alone."""
+"""The demo, killed again and again, and gone on with by the line that it printed: it must end in
+the same bits as one that was left alone."""
 import json
 import re
 import shlex
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from bantam.data.offline import documents
 
-OPTIONS = ["--steps", "60", "--seed", "3", "--set", "training_args.precision=fp32", "--set", "training_args.seq_len=64", "--set", "training_args.batch_size=8",
+OPTIONS = ["--steps", "60", "--seed", "3", "--set", "training_args.precision=fp32", "--set",
+           "training_args.seq_len=64", "--set", "training_args.batch_size=8",
            "--set", "bantam_config.num_hidden_layers=2"]
 
 MOMENTS = {  # what is there when the kill comes
@@ -26,10 +28,14 @@ MOMENTS = {  # what is there when the kill comes
 }
 
 
-def words(out, text): return shlex.join([sys.executable, "-m", "bantam", "demo", "--out", str(out), "--text", str(text), *OPTIONS])
+def words(out, text):
+    return shlex.join([sys.executable, "-m", "bantam", "demo", "--out", str(out), "--text",
+                       str(text), *OPTIONS])
 
 
-def start(line): return subprocess.Popen("exec " + line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(line):
+    return subprocess.Popen("exec " + line, shell=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def finish(line):
@@ -42,7 +48,8 @@ def finish(line):
 @pytest.mark.slow
 def test_killed_demo_ends_in_the_same_bits(tmp_path):
     text = tmp_path/"stories.jsonl"
-    text.write_text("".join(json.dumps(dict(text=d["text"])) + "\n" for d in documents(3000, seed=0) if "text" in d))
+    text.write_text("".join(json.dumps(dict(text=d["text"])) + "\n"
+                            for d in documents(3000, seed=0) if "text" in d))
     whole, killed = tmp_path/"whole", tmp_path/"killed"
     said = finish(words(whole, text))
     line = words(killed, text)
@@ -60,7 +67,9 @@ def test_killed_demo_ends_in_the_same_bits(tmp_path):
         a, b = (load_file(d/part/"model.safetensors") for d in (whole, killed))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
     one, two = (json.loads((d/"summary.json").read_text()) for d in (whole, killed))
-    same = ("bits_per_byte", "exact_answers", "answers_that_end", "steps", "sft_steps", "precision", "parameters")
-    assert {k: one[k] for k in same} == {k: two[k] for k in same} and two["interrupted"] and not one["interrupted"]
+    same = ("bits_per_byte", "exact_answers", "answers_that_end", "steps", "sft_steps", "precision",
+            "parameters")
+    assert ({k: one[k] for k in same} == {k: two[k] for k in same} and two["interrupted"]
+            and not one["interrupted"])
     assert (whole/"base/logs/loss.csv").read_bytes() == (killed/"base/logs/loss.csv").read_bytes()
     assert not [p for p in killed.rglob(".*")], "nothing half-written is left"

@@ -22,19 +22,30 @@ SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 VARIANTS = dict(plain={}, window=dict(window=9), qk_norm=dict(qk_norm=True),
                 eager=dict(attn_impl="eager"), untied=dict(tie_word_embeddings=False))
 GROUPS = [dict(query_heads=3, kv_heads=1, head_dim=8), dict(query_heads=1, kv_heads=1, head_dim=16)]
-MLA = dict(attn_type="mla", num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
-SCALED = dict(linear={}, ntk={}, dynamic={}, yarn={}, llama3=dict(low_freq_factor=1., high_freq_factor=4.),
+MLA = dict(attn_type="mla", num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=8,
+           qk_rope_head_dim=4, v_head_dim=8)
+SCALED = dict(linear={}, ntk={}, dynamic={}, yarn={},
+              llama3=dict(low_freq_factor=1., high_freq_factor=4.),
               longrope=dict(short_factor=[1., 1.1, 1.2, 1.3], long_factor=[2., 3., 4., 5.]))
-SCALED = {name: dict(rope_scaling=dict(type=name, factor=2., **more) | ({} if name in ("linear", "ntk") else dict(original_max_position_embeddings=24)))
+SCALED = {name: dict(rope_scaling=dict(type=name, factor=2., **more) | (
+    {} if name in ("linear", "ntk") else dict(original_max_position_embeddings=24)))
           for name, more in SCALED.items()}
-EXPERTS = {f"experts: {kind}": dict(expert_type=kind, num_experts=4, moe_intermediate_size=32, moe_num_shared=1 if kind == "shared" else 0)
+EXPERTS = {f"experts: {kind}": dict(expert_type=kind, num_experts=4, moe_intermediate_size=32,
+                                    moe_num_shared=1 if kind == "shared" else 0)
            for kind in ("dense_moe", "switch", "topk", "shared")}
-# Everything that generation must not notice. Kinds of cache: rolling where every layer has a window, else full.
+# Everything that generation must not notice. Kinds of cache: rolling where every layer has a
+# window, else full.
 TABLE = SCALED | EXPERTS | dict(
-    windows=dict(window=9), sinks=dict(window=9, num_attention_sinks=3, sink_boost=.5), mixed=dict(num_attention_sinks=2, layer_configs=[dict(window=7)]),
-    latent=MLA, latent_windows=MLA | dict(window=9, num_attention_sinks=2), latent_dynamic=MLA | SCALED["dynamic"], sinks_yarn=dict(window=9, num_attention_sinks=3) | SCALED["yarn"],
-    sinks_dynamic=dict(window=9, num_attention_sinks=3) | SCALED["dynamic"], learned_sinks=dict(learned_sinks=True), groups=dict(attention_head_groups=GROUPS, num_key_value_heads=2),
-    alibi=dict(pos_encoding="alibi", window=11), learned=dict(pos_encoding="learned", window=11), sinusoidal=dict(pos_encoding="sinusoidal"), none=dict(pos_encoding="none"))
+    windows=dict(window=9), sinks=dict(window=9, num_attention_sinks=3, sink_boost=.5),
+    mixed=dict(num_attention_sinks=2, layer_configs=[dict(window=7)]),
+    latent=MLA, latent_windows=MLA | dict(window=9, num_attention_sinks=2),
+    latent_dynamic=MLA | SCALED["dynamic"], sinks_yarn=dict(window=9, num_attention_sinks=3)
+    | SCALED["yarn"],
+    sinks_dynamic=dict(window=9, num_attention_sinks=3) | SCALED["dynamic"],
+    learned_sinks=dict(learned_sinks=True), groups=dict(attention_head_groups=GROUPS,
+                                                        num_key_value_heads=2),
+    alibi=dict(pos_encoding="alibi", window=11), learned=dict(pos_encoding="learned", window=11),
+    sinusoidal=dict(pos_encoding="sinusoidal"), none=dict(pos_encoding="none"))
 
 
 def model_of(**changes):
@@ -76,7 +87,8 @@ def noisy(model, much=.05):
     other, gen = BantamForCausalLM(model.config).eval(), torch.Generator().manual_seed(1)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        for p in other.parameters(): p += much * p.std(unbiased=False) * torch.randn(p.shape, generator=gen)
+        for p in other.parameters():
+            p += much * p.std(unbiased=False) * torch.randn(p.shape, generator=gen)
     return other
 
 
@@ -92,13 +104,16 @@ def test_same_tokens_in_every_way(name):
     ids, mask = left_pad(rows, model.config.pad_token_id)
     how, guess = PLAIN | dict(max_new_tokens=30, stop_ids=[]), noisy(model)
     whole = model.generate(ids, attention_mask=mask, **how)[:, ids.shape[1]:]
-    assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **how)[:, ids.shape[1]:], whole)
+    assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False,
+                                      **how)[:, ids.shape[1]:], whole)
     assert torch.equal(torch.stack(list(model.stream(ids, attention_mask=mask, **how)), 1), whole)
     for b, row in enumerate(rows):
         assert torch.equal(model.generate(torch.tensor([row]), **how)[0, len(row):], whole[b])
         draft = Draft(guess, ahead=4, sure=0.)
-        assert torch.equal(model.generate(torch.tensor([row]), draft=draft, **how)[0, len(row):], whole[b])
-        assert draft.guessed > 0 or "dynamic" in name # nothing can be guessed where all angles move with every token
+        assert torch.equal(model.generate(torch.tensor([row]), draft=draft, **how)[0, len(row):],
+                           whole[b])
+        # nothing can be guessed where all angles move with every token
+        assert draft.guessed > 0 or "dynamic" in name
     steps = list(model.steps(ids, attention_mask=mask, logprobs=True, **how))
     if "dynamic" in name or "longrope" in name: return # their reference is each prefix by itself
     b, T = 2, len(rows[2])
@@ -111,7 +126,8 @@ def test_same_tokens_in_every_way(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "sinks", "latent", "experts: topk"])
 def test_same_tokens_when_compiled(name):
-    "A compiled step in a static cache says the same; where the compiler gives up, a warning says so."
+    """A compiled step in a static cache says the same; where the compiler gives up, a warning says
+    so."""
     torch._dynamo.reset()
     model = model_of(**({"plain": {}} | TABLE)[name])
     rows = [[(7*i) % 97 + 4 for i in range(n)] for n in (20, 3)]
@@ -128,7 +144,8 @@ def test_a_failing_compiler_says_why(monkeypatch):
     model, ids = model_of(), torch.tensor([[5, 6, 7]])
     def broken(*args, **kw): raise RuntimeError("no C++ compiler")
     monkeypatch.setattr(torch, "compile", lambda step: broken)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"): got = model.generate(ids, compile=True, **PLAIN, max_new_tokens=20)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        got = model.generate(ids, compile=True, **PLAIN, max_new_tokens=20)
     assert torch.equal(got, model.generate(ids, **PLAIN, max_new_tokens=20))
 
 
@@ -149,7 +166,8 @@ def test_a_text_without_an_end_in_constant_memory(name):
 @pytest.mark.slow
 def test_twenty_thousand_tokens():
     model = model_of(window=16, num_attention_sinks=2)
-    ids, sizes = torch.randint(4, 101, (1, 20_000), generator=torch.Generator().manual_seed(0)), set()
+    ids, sizes = (torch.randint(4, 101, (1, 20_000), generator=torch.Generator().manual_seed(0)),
+                  set())
     reader = Reader(model, torch.zeros(1, dtype=torch.long))
     for t in range(100, 20_001):
         reader(ids[:, :t])
@@ -173,23 +191,33 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
 def test_beams_are_those_of_transformers():
     "Padded batches, several lengths, an id that ends; answers and scores."
     transformers = pytest.importorskip("transformers")
-    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=64, tie_word_embeddings=True, initializer_range=.4)
     torch.manual_seed(3)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, bos_token_id=2, eos_token_id=3, pad_token_id=1)).eval()
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, bos_token_id=2, eos_token_id=3, pad_token_id=1)).eval()
     model, theirs, ours = BantamForCausalLM(BantamConfig(**shape)).eval(), llama.state_dict(), {}
     for n in model.state_dict():
-        at = "model." + n.replace("attn_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm").replace("ffn.", "mlp.").replace(".attn.", ".self_attn.")
-        ours[n] = torch.cat([theirs[at.replace("qkv_proj", f"{p}_proj")] for p in "qkv"]) if "qkv" in n else theirs[at]
+        at = "model." + n.replace("attn_norm",
+                                  "input_layernorm").replace("ffn_norm",
+                                                             "post_attention_layernorm").replace(
+                                                                 "ffn.", "mlp.").replace(
+                                                                     ".attn.", ".self_attn.")
+        ours[n] = (torch.cat([theirs[at.replace("qkv_proj", f"{p}_proj")] for p in "qkv"])
+                   if "qkv" in n else theirs[at])
     model.load_state_dict(ours)
     rows = [[5, 9, 20], [7, 8, 9, 10, 11, 12, 13], [4]]
     ids, mask = left_pad(rows, 1)
     for width, penalty in ((1, 1.), (2, 0.), (4, 1.), (4, 2.)):
-        how = dict(num_beams=width, length_penalty=penalty, repetition_penalty=1., no_repeat_ngram_size=0, max_new_tokens=14, stop_ids=[3])
+        how = dict(num_beams=width, length_penalty=penalty, repetition_penalty=1.,
+                   no_repeat_ngram_size=0, max_new_tokens=14, stop_ids=[3])
         how |= dict(temperature=0) if width == 1 else {}
-        mine = model.generate(ids, attention_mask=mask, num_samples=width, **how)[:, ids.shape[1]:].view(3, width, -1)
+        mine = model.generate(ids, attention_mask=mask, num_samples=width,
+                              **how)[:, ids.shape[1]:].view(3, width, -1)
         for b, row in enumerate(rows):
-            real = llama.generate(torch.tensor([row]), num_beams=width, num_return_sequences=width, length_penalty=penalty, do_sample=False, max_new_tokens=14)
+            real = llama.generate(torch.tensor([row]), num_beams=width, num_return_sequences=width,
+                                  length_penalty=penalty, do_sample=False, max_new_tokens=14)
             for mine_, real_ in zip(mine[b].tolist(), real[:, len(row):].tolist(), strict=True):
                 cut = lambda x: x[:x.index(3) + 1] if 3 in x else x[:14]
                 assert cut(mine_) == cut(real_), (width, penalty, row)
@@ -226,12 +254,14 @@ def test_a_constraint_allows_what_it_allows_and_nothing_else():
     assert set(one.ids) <= set(vowels) and two.ids == free.ids
     class Never(Vowels):
         def mask(self, said): return torch.zeros(TOK.vocab_size, dtype=torch.bool)
-    with pytest.raises(BantamError, match="allows 0 of"): complete(BIG, TOK, ["x"], constraint=Never([]))
+    with pytest.raises(BantamError, match="allows 0 of"):
+        complete(BIG, TOK, ["x"], constraint=Never([]))
 
 
 def test_weights_in_16_bits_say_nearly_the_same():
     small = in_precision(noisy(BIG, 0.), "bf16")
-    assert small.head_weight.dtype == torch.bfloat16 and in_precision(small, "fp32").head_weight.dtype == torch.float32
+    assert (small.head_weight.dtype == torch.bfloat16
+            and in_precision(small, "fp32").head_weight.dtype == torch.float32)
     a, = complete(in_precision(small, "bf16"), TOK, ["x"], logprobs=True, max_new_tokens=1, **PLAIN)
     b, = complete(BIG, TOK, ["x"], logprobs=True, max_new_tokens=1, **PLAIN)
     assert abs(a.logprobs[0] - b.logprobs[0]) < .1

@@ -26,4 +26,5 @@ def test_one_picture_that_is_replaced(monkeypatch):
     shown = [o for o in nb.cells[0].outputs if o.output_type == "display_data"]
     assert len(shown) == 1 == len(nb.cells[0].outputs)
     rows = [full_row(dict(step=s, loss=3/s)) for s in range(1, 4)]
-    assert base64.b64decode(shown[0].data["image/png"]) == png(loss_curve(rows, title=progress_line(rows[-1], 3)))
+    assert base64.b64decode(shown[0].data["image/png"]) == png(
+        loss_curve(rows, title=progress_line(rows[-1], 3)))

@@ -1,4 +1,5 @@
-"""What a cell cannot say about packing and loading: any corpus, any number of ranks, any moment of a kill."""
+"""What a cell cannot say about packing and loading: any corpus, any number of ranks, any moment of
+a kill."""
 import os
 import random
 import signal
@@ -37,11 +38,12 @@ class Numbers:
     def plan(self, rows): return lambda a, b: list(rows[a:b])
 
 
-# --- the order ----------------------------------------------------------------------------------------------------------------
+# --- the order ------------------------------------------------------------------------------------
 
 @settings(max_examples=300)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64-1))
-def test_permute_is_a_permutation(n, key): assert sorted(permute(np.arange(n), n, key)) == list(range(n))
+def test_permute_is_a_permutation(n, key):
+    assert sorted(permute(np.arange(n), n, key)) == list(range(n))
 
 
 @settings(max_examples=50)
@@ -53,10 +55,13 @@ def test_permute_of_any_size_never_meets(n, key, seed):
 
 
 @settings(max_examples=120)
-@given(n=st.integers(1, 400), B=st.integers(1, 9), W=st.integers(1, 5), seed=st.integers(0, 2**40), shuffle=st.booleans(), resume=st.integers(0, 40))
+@given(n=st.integers(1, 400), B=st.integers(1, 9), W=st.integers(1, 5), seed=st.integers(0, 2**40),
+       shuffle=st.booleans(), resume=st.integers(0, 40))
 def test_an_epoch_is_every_sample_once(n, B, W, seed, shuffle, resume):
-    "For any batch size, number of ranks and resume point; the ranks together read what one process would."
-    make = lambda r=0, W=W, B=B: Loader(Numbers(n), B, seed=seed, shuffle=shuffle, rank=r, world_size=W)
+    """For any batch size, number of ranks and resume point; the ranks together read what one
+    process would."""
+    make = lambda r=0, W=W, B=B: Loader(Numbers(n), B, seed=seed, shuffle=shuffle, rank=r,
+                                        world_size=W)
     ranks = [make(r) for r in range(W)]
     steps = max(resume+1, 2*ranks[0].batches_per_epoch)
     line = [x for i in range(steps) for r in ranks for x in r.batch(i)]
@@ -64,16 +69,20 @@ def test_an_epoch_is_every_sample_once(n, B, W, seed, shuffle, resume):
     assert line == [x for i in range(steps) for x in make(W=1, B=B*W).batch(i)]
     fresh = [make(r) for r in range(W)] # a run that goes on knows only its step
     assert [x for i in range(resume, steps) for r in fresh for x in r.batch(i)] == line[resume*B*W:]
-    assert sorted(x for r in ranks for b in r for x in b) == list(range(n)) # iterating: one epoch, nothing twice
+    # iterating: one epoch, nothing twice
+    assert sorted(x for r in ranks for b in r for x in b) == list(range(n))
 
 
 @settings(max_examples=40)
-@given(n=st.integers(1, 200), B=st.integers(1, 9), W=st.integers(1, 3), workers=st.sampled_from([1, 4]), keep=st.booleans(), resume=st.integers(0, 30))
+@given(n=st.integers(1, 200), B=st.integers(1, 9), W=st.integers(1, 3),
+       workers=st.sampled_from([1, 4]), keep=st.booleans(), resume=st.integers(0, 30))
 def test_workers_change_nothing(n, B, W, workers, keep, resume):
-    "For any number of ranks and any point to go on from, workers give the batches that one process makes."
+    """For any number of ranks and any point to go on from, workers give the batches that one
+    process makes."""
     for r in range(W):
         alone = Loader(Numbers(n), B, seed=n, rank=r, world_size=W)
-        helped = Loader(Numbers(n), B, seed=n, rank=r, world_size=W, num_workers=workers, persistent_workers=keep)
+        helped = Loader(Numbers(n), B, seed=n, rank=r, world_size=W, num_workers=workers,
+                        persistent_workers=keep)
         steps = range(resume, resume + 2*len(alone) + 3)
         assert [helped.batch(i) for i in steps] == [alone.batch(i) for i in steps]
         assert list(helped) == list(alone)
@@ -87,10 +96,12 @@ def test_long_runs_cross_the_planned_part():
     line = [x for i in range(steps) for x in loader.batch(i)]
     keys = order_key(3, np.arange(len(line))//n)
     assert line == permute(np.arange(len(line)) % n, n, keys).tolist()
-    assert all(loader.batch(i) == line[7*i:7*i+7] for i in random.Random(0).sample(range(steps), 50)) # in any order
+    # in any order
+    assert all(loader.batch(i) == line[7*i:7*i+7]
+               for i in random.Random(0).sample(range(steps), 50))
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 DOCS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 
@@ -114,8 +125,10 @@ def test_blocks_are_the_stream(tmp_path_factory, lengths, T, most, seed):
         d += len(starts)
         for r in range((len(stream)-1)//T):
             row, after = stream[r*T:(r+1)*T], stream[r*T+1:(r+1)*T+1]
-            expected.append(([i for _, _, i in row], [i if a[0] == b else IGNORE for a, (b, _, i) in zip(row, after)],
-                             [b for b, _, _ in row], [p - row[0][1]*(b == row[0][0]) for b, p, _ in row]))
+            expected.append(([i for _, _, i in row],
+                             [i if a[0] == b else IGNORE for a, (b, _, i) in zip(row, after)],
+                             [b for b, _, _ in row],
+                             [p - row[0][1]*(b == row[0][0]) for b, p, _ in row]))
     if not expected: return
     ds = BlockDataset(shards, T)
     assert len(ds) == len(expected)
@@ -123,7 +136,8 @@ def test_blocks_are_the_stream(tmp_path_factory, lengths, T, most, seed):
     got = ds.batch(rows)
     for k, r in enumerate(rows):
         x, y, doc, pos = expected[r]
-        assert (got.x_BT[k].tolist(), got.y_BT[k].tolist(), got.position_ids[k].tolist()) == (x, y, pos)
+        assert ((got.x_BT[k].tolist(), got.y_BT[k].tolist(), got.position_ids[k].tolist())
+                == (x, y, pos))
         ids = got.document_ids[k].numpy()
         assert np.array_equal(ids[:, None] == ids, np.array(doc)[:, None] == np.array(doc))
     read = ds.plan(rows) # any slice of a plan is the batch of its rows
@@ -132,7 +146,8 @@ def test_blocks_are_the_stream(tmp_path_factory, lengths, T, most, seed):
 
 
 @settings(max_examples=150)
-@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=50), T=st.integers(30, 64), packing=st.booleans(), seed=st.integers(0, 99))
+@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=50), T=st.integers(30, 64),
+       packing=st.booleans(), seed=st.integers(0, 99))
 def test_dialogues_stay_whole(lengths, T, packing, seed):
     rng = random.Random(seed)
     weights = [[0.]+[float(rng.random() < .5) for _ in range(n-2)]+[1.] for n in lengths]
@@ -142,19 +157,23 @@ def test_dialogues_stay_whole(lengths, T, packing, seed):
         x, y, _, doc, pos = (None if v is None else v[0].numpy() for v in ds.batch([r]))
         for k in sorted(set(doc[doc >= 0].tolist())):
             at = np.flatnonzero(doc == k)
-            assert (np.diff(at) == 1).all() and pos[at].tolist() == list(range(len(at))) and y[at[-1]] == IGNORE
+            assert ((np.diff(at) == 1).all() and pos[at].tolist() == list(range(len(at)))
+                    and y[at[-1]] == IGNORE)
             asked = y[at[:-1]] != IGNORE
             assert (y[at[:-1]][asked] == x[at[1:]][asked]).all()
             found.append((x[at].tolist(), [0., *asked.astype(float).tolist()]))
         pad = doc < 0
-        assert (y[pad] == IGNORE).all() and (x[pad] == ds.pad_id).all() and not pad[:-1][~pad[1:]].any()
+        assert ((y[pad] == IGNORE).all() and (x[pad] == ds.pad_id).all()
+                and not pad[:-1][~pad[1:]].any())
     assert sorted(found) == sorted((s.ids, s.weights) for s in samples)
 
 
 @settings(max_examples=60)
-@given(lengths=DOCS, T=st.integers(9, 50), most=st.integers(40, 400), least=st.integers(2, 9), window=st.integers(1, 80))
+@given(lengths=DOCS, T=st.integers(9, 50), most=st.integers(40, 400), least=st.integers(2, 9),
+       window=st.integers(1, 80))
 def test_documents_never_straddle_rows(tmp_path_factory, lengths, T, most, least, window):
-    "Best fit: each document stands in one row, rows start where documents start, and the account adds up."
+    """Best fit: each document stands in one row, rows start where documents start, and the account
+    adds up."""
     docs, folder = numbered(lengths), tmp_path_factory.mktemp("shards")/"s"
     write_shards(docs, folder, Vocabulary, max_shard_tokens=most)
     kept = [d for d in docs if len(d) >= least]
@@ -173,12 +192,18 @@ def test_documents_never_straddle_rows(tmp_path_factory, lengths, T, most, least
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    "12,800 rows of a 4 GB sparse file and of a small one: the process stays within 300 MB of the same size."
-    run = ("import sys, numpy as np, torch; torch.set_num_threads(1)\nfrom bantam.runtime import peak_memory\nfrom bantam.data.loader import BlockDataset, Loader\n"
+    """12,800 rows of a 4 GB sparse file and of a small one: the process stays within 300 MB of the
+    same size."""
+    run = ("import sys, numpy as np, torch; torch.set_num_threads(1)\nfrom bantam.runtime import "
+           "peak_memory\nfrom bantam.data.loader import BlockDataset, Loader\n"
            "f, n = sys.argv[1], int(sys.argv[2])//2\nopen(f, 'wb').truncate(2*n)\n"
-           "class S: arrays, starts, tokens, fingerprint, folder = [np.memmap(f, '<u2', 'r', shape=(n,))], [np.arange(0, n, 10**5)], n, 'x', 'x'\n"
-           "L = Loader(BlockDataset(S, 512), 32)\nfor i in range(400): L.batch(i)\nprint(peak_memory())")
-    peak = [int(subprocess.run([sys.executable, "-c", run, str(tmp_path/"x.bin"), str(size)], capture_output=True, text=True, check=True, cwd=ROOT).stdout) for size in (2**22, 2**32)]
+           "class S: arrays, starts, tokens, fingerprint, folder = [np.memmap(f, '<u2', 'r', "
+           "shape=(n,))], [np.arange(0, n, 10**5)], n, 'x', 'x'\n"
+           "L = Loader(BlockDataset(S, 512), 32)\nfor i in range(400): "
+           "L.batch(i)\nprint(peak_memory())")
+    peak = [int(subprocess.run([sys.executable, "-c", run, str(tmp_path/"x.bin"), str(size)],
+                               capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+            for size in (2**22, 2**32)]
     assert peak[1] - peak[0] < 300*2**20
 
 
@@ -191,7 +216,7 @@ def test_packing_is_near_the_bound(lengths):
     assert len(rows) <= 11/9*max(-(-sum(lengths)//64), sum(n > 32 for n in lengths)) + 1
 
 
-# --- a kill while shards are written ------------------------------------------------------------------------------------------
+# --- a kill while shards are written --------------------------------------------------------------
 
 WRITER = """
 import random, sys, time
@@ -209,12 +234,15 @@ write_shards(documents(), sys.argv[1], Vocabulary, max_shard_tokens=5000)
 def hashes(folder): return {p.name: sha256_file(p) for p in folder.iterdir()}
 
 
-def start_writer(out, seed): return subprocess.Popen([sys.executable, "-c", WRITER, str(out), str(seed)], cwd=ROOT, stdout=subprocess.PIPE)
+def start_writer(out, seed):
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(out), str(seed)], cwd=ROOT,
+                            stdout=subprocess.PIPE)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_writer_leaves_old_or_new(tmp_path):
-    "At whatever moment it is killed, the folder is the old one or the new one, whole; a rerun gives the same bytes."
+    """At whatever moment it is killed, the folder is the old one or the new one, whole; a rerun
+    gives the same bytes."""
     for seed, name in ((1, "old"), (2, "new")): assert start_writer(tmp_path/name, seed).wait() == 0
     old, new = hashes(tmp_path/"old"), hashes(tmp_path/"new")
     (tmp_path/"old").rename(tmp_path/"out")

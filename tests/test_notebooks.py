@@ -1,4 +1,5 @@
-"""Every notebook runs, one test each, as nbdev would run it. Cells marked `#| slow` run under `-m slow`, those marked `#| gpu` where there is a GPU."""
+"""Every notebook runs, one test each, as nbdev would run it. Cells marked `#| slow` run under `-m
+slow`, those marked `#| gpu` where there is a GPU."""
 import re
 from pathlib import Path
 
@@ -21,10 +22,12 @@ def test_notebook(nb, capsys): run(nb, capsys, skip_flags=cfg.tst_flags.split())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nb", [p for p in NBS if re.search(r'"#\| slow', p.read_text())], ids=lambda p: p.stem)
+@pytest.mark.parametrize("nb", [p for p in NBS if re.search(r'"#\| slow', p.read_text())],
+                         ids=lambda p: p.stem)
 def test_slow_cells(nb, capsys): run(nb, capsys, skip_flags=["notest", "gpu"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("nb", [p for p in NBS if re.search(r'"#\| gpu', p.read_text())], ids=lambda p: p.stem)
+@pytest.mark.parametrize("nb", [p for p in NBS if re.search(r'"#\| gpu', p.read_text())],
+                         ids=lambda p: p.stem)
 def test_gpu_cells(nb, capsys): run(nb, capsys, skip_flags=["notest", "slow"])

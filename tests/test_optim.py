@@ -18,9 +18,11 @@ ROOT = Path(__file__).parent.parent
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
 
 
-# --- every argument of the optimiser acts on a real model ---------------------------------------------------------------------
+# --- every argument of the optimiser acts on a real model -----------------------------------------
 
-BESIDE = dict(muon_exclude_embeddings=False, muon_beta1=.5, muon_beta2=.5, muon_eps=10., muon_bias_correction=True, muon_clip_by_layer=True, muon_lr_correction=False, muon_momentum=.5, muon_lr=.003)
+BESIDE = dict(muon_exclude_embeddings=False, muon_beta1=.5, muon_beta2=.5, muon_eps=10.,
+              muon_bias_correction=True, muon_clip_by_layer=True, muon_lr_correction=False,
+              muon_momentum=.5, muon_lr=.003)
 
 
 def trained(steps=3, **changes):
@@ -39,23 +41,27 @@ def trained(steps=3, **changes):
 @pytest.mark.parametrize("field", BESIDE)
 def test_every_muon_argument_acts(field):
     usual = trained()
-    assert torch.equal(usual, trained()) and not torch.allclose(usual, trained(**{field: BESIDE[field]}), rtol=1e-4, atol=1e-6)
+    assert torch.equal(usual, trained()) and not torch.allclose(
+        usual, trained(**{field: BESIDE[field]}), rtol=1e-4, atol=1e-6)
 
 
 def test_all_muon_arguments_are_tested():
     import dataclasses
-    assert {f.name for f in dataclasses.fields(TrainingArgs) if f.name.startswith("muon_")} == set(BESIDE)
+    assert ({f.name for f in dataclasses.fields(TrainingArgs) if f.name.startswith("muon_")}
+            == set(BESIDE))
 
 
 @pytest.mark.parametrize("field", [f for f in BESIDE if f != "muon_lr"])
 def test_muon_arguments_leave_adamw_alone(field):
-    assert torch.equal(trained(optimizer="adamw"), trained(optimizer="adamw", **{field: BESIDE[field]}))
+    assert torch.equal(trained(optimizer="adamw"),
+                       trained(optimizer="adamw", **{field: BESIDE[field]}))
 
 
-# --- Muon in all shapes -------------------------------------------------------------------------------------------------------
+# --- Muon in all shapes ---------------------------------------------------------------------------
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9)), min_size=1, max_size=5), st.integers(1, 200))
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9)),
+                min_size=1, max_size=5), st.integers(1, 200))
 def test_runs_cover_every_row_once(weights, limit):
     params = [torch.zeros(sum(parts), cols) for parts, cols in weights]
     batches = batches_of(params, [tuple(parts) for parts, _ in weights], limit)
@@ -70,7 +76,8 @@ def test_runs_cover_every_row_once(weights, limit):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 4), st.sampled_from([4, 12, 20]), st.sampled_from([6, 12, 30]), st.integers(1, 2000), st.integers(0, 10**6))
+@given(st.integers(1, 4), st.sampled_from([4, 12, 20]), st.sampled_from([6, 12, 30]),
+       st.integers(1, 2000), st.integers(0, 10**6))
 def test_a_step_is_that_of_the_parts_alone(count, rows, cols, limit, seed):
     gen = torch.Generator().manual_seed(seed)
     whole = torch.nn.Parameter(torch.randn(count*rows, cols, generator=gen))
@@ -80,21 +87,25 @@ def test_a_step_is_that_of_the_parts_alone(count, rows, cols, limit, seed):
     whole.grad = grad
     muon.step(.01)
     for part, g, w in zip(whole.detach().split(rows), grad.split(rows), start.split(rows)):
-        want = w*(1 - .01*.2) - .01*step_factor(rows, cols)*newton_schulz(.19*g, dtype=torch.float64)
+        want = w*(1 - .01*.2) - .01*step_factor(rows,
+                                                cols)*newton_schulz(.19*g, dtype=torch.float64)
         torch.testing.assert_close(part.double(), want.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_work_can_be_dealt_out():
-    "Two half-blind copies, each computing every other batch, together take the step of one: what sharing between processes relies on."
+    """Two half-blind copies, each computing every other batch, together take the step of one: what
+    sharing between processes relies on."""
     torch.manual_seed(0)
     start = [torch.randn(s) for s in ((24, 8), (8, 16), (12, 12), (16, 8))]
     one, two = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
     grads = [torch.randn_like(w) for w in start]
-    a, b = Muon(one, [(8, 8, 8), (8,), (12,), (16,)], dtype=torch.float32), Muon(two, [(8, 8, 8), (8,), (12,), (16,)], dtype=torch.float32)
+    a, b = (Muon(one, [(8, 8, 8), (8,), (12,), (16,)], dtype=torch.float32),
+            Muon(two, [(8, 8, 8), (8,), (12,), (16,)], dtype=torch.float32))
     for p, q, g in zip(one, two, grads): p.grad, q.grad = g, g.clone()
     a.step(.1)
     b.remember(.1)
-    found = {i: b.directions(b.batches[i]) for rank in (0, 1) for i in range(rank, len(b.batches), 2)}
+    found = {i: b.directions(b.batches[i]) for rank in (0, 1)
+             for i in range(rank, len(b.batches), 2)}
     for i, directions in found.items(): b.move(b.batches[i], directions, .1)
     assert len(b.batches) > 2 and all(torch.equal(p, q) for p, q in zip(one, two))
 
@@ -110,7 +121,7 @@ def test_another_muon_can_be_handed_in():
     assert len(calls) == len(opt.muon.batches) > 0
 
 
-# --- the average of the weights -----------------------------------------------------------------------------------------------
+# --- the average of the weights -------------------------------------------------------------------
 
 def test_average_of_a_real_model():
     torch.manual_seed(0)
@@ -123,16 +134,21 @@ def test_average_of_a_real_model():
     d = .5**.5
     want = sum(w * d**(4-k) for k, w in enumerate(seen)) * (1-d)/(1-d**5)
     own = model(ids).logits
-    with avg.swapped(model): torch.testing.assert_close(model.layers[0].attn.o_proj.weight.detach(), want, rtol=1e-5, atol=1e-6); assert not torch.equal(model(ids).logits, own)
+    with avg.swapped(model):
+        torch.testing.assert_close(model.layers[0].attn.o_proj.weight.detach(), want,
+                                   rtol=1e-5, atol=1e-6)
+        assert not torch.equal(model(ids).logits, own)
     assert torch.equal(model(ids).logits, own)
 
 
-# --- benchmarks run -----------------------------------------------------------------------------------------------------------
+# --- benchmarks run -------------------------------------------------------------------------------
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["time_to_loss", "recipes"])
 def test_benchmark_runs(script):
-    done = subprocess.run([sys.executable, f"benchmarks/{script}.py", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, f"benchmarks/{script}.py", "--quick"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["name"] == script and {"ratios", "targets", "met", "machine", "versions"} <= result.keys()
+    assert result["name"] == script and {"ratios", "targets", "met", "machine",
+                                         "versions"} <= result.keys()

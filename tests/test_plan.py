@@ -12,13 +12,15 @@ import bantam.presets  # noqa: F401
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT/"benchmarks")) # where a script's own folder would be
 memory = importlib.import_module("plan_memory")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"),
+                           reason="the peak of a process is read from /proc")
 
 
 def close(case, device="cpu", share=.1):
     "Within a tenth, and the message says both."
     said, real = sum(memory.predicted(case, device).values()), memory.measured(case, device)
-    assert abs(said/real - 1) < share, f"{case}: planned {said/2**20:.0f} MB, measured {real/2**20:.0f} MB"
+    assert (abs(said/real - 1)
+            < share), f"{case}: planned {said/2**20:.0f} MB, measured {real/2**20:.0f} MB"
 
 
 @linux
@@ -43,17 +45,21 @@ def test_a_run_that_fits_not_says_what_does():
     from bantam.args import TrainingArgs
     from bantam.config import BantamConfig
     from bantam.train.plan import plan
-    config, args = BantamConfig.from_preset("dense_25m"), TrainingArgs(batch_size=32, accum_steps=2, seq_len=512, device="cpu", precision="fp32")
+    config, args = BantamConfig.from_preset("dense_25m"), TrainingArgs(
+        batch_size=32, accum_steps=2, seq_len=512, device="cpu", precision="fp32")
     for gb in (1, 2, 4):
         p = plan(config, args, room=gb*2**30)
         assert not p.fits and p.change, gb
         better = args.replace(**p.change)
-        assert better.batch_size*better.accum_steps == 64 and plan(config, better, room=gb*2**30).fits
+        assert (better.batch_size*better.accum_steps == 64
+                and plan(config, better, room=gb*2**30).fits)
     assert plan(config, args.replace(batch_size=1), room=2**40).fits
 
 
 def test_plan_from_the_command_line():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "bantam", "plan", "--preset", "tiny", "--device", "cpu", "--memory-gb", "2"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "bantam", "plan", "--preset",
+                           "tiny", "--device", "cpu", "--memory-gb", "2"], capture_output=True,
+                          text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "optimizer" in done.stdout and done.stdout.rstrip().splitlines()[-1].startswith("it ")
 
@@ -63,4 +69,5 @@ def test_no_shape_is_both_fitted_and_judged():
 
 
 def test_the_benchmark_lists_eight_cases_or_more():
-    assert len(memory.CASES) >= 8 and any(c[5] for c in memory.CASES.values()) and any("expert_type" in c[1] or c[0].startswith("mac") for c in memory.CASES.values())
+    assert (len(memory.CASES) >= 8 and any(c[5] for c in memory.CASES.values())
+            and any("expert_type" in c[1] or c[0].startswith("mac") for c in memory.CASES.values()))

@@ -21,7 +21,8 @@ from bantam.data.prepare import prepare
 ROOT = Path(__file__).parent.parent
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
-WORDS = "the hen egg straw nest fox barn rain seed wing dawn sat on under over with six two red and then".split()
+WORDS = ("the hen egg straw nest fox barn rain seed wing dawn sat on under over with six two red "
+         "and then").split()
 
 
 def corpus(folder, n=700, seed=0):
@@ -31,7 +32,8 @@ def corpus(folder, n=700, seed=0):
     stories = [story() for _ in range(n)]
     lines = [dict(text=t) for t in stories + stories[:n//10] + ["Hm."]*7]
     rng.shuffle(lines)
-    talks = [dict(messages=[dict(role="user", content=story()), dict(role="assistant", content=story())]) for _ in range(n//5)]
+    talks = [dict(messages=[dict(role="user", content=story()),
+                            dict(role="assistant", content=story())]) for _ in range(n//5)]
     for name, rows in (("stories", lines), ("talks", talks)):
         (folder/f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder/"data.yaml").write_text("""
@@ -45,17 +47,23 @@ dedup: {num_perm: 64}
     return folder/"data.yaml"
 
 
-def files(folder): return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+def files(folder):
+    return {str(p.relative_to(folder)): sha256_file(p)
+            for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def start(config, out, workers=0, before=""):
     "`data prepare` in a process of its own; it says when it has read its plan."
-    run = (f"{before}\nfrom bantam.data.plan import DataPlan\nfrom bantam.data.prepare import prepare\nimport sys\n"
-           "plan = DataPlan.from_yaml(sys.argv[1], [f'data_args.num_workers={sys.argv[3]}'])\nprint('ready', flush=True)\nprepare(plan, sys.argv[2])")
-    return subprocess.Popen([sys.executable, "-c", run, str(config), str(out), str(workers)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = (f"{before}\nfrom bantam.data.plan import DataPlan\nfrom bantam.data.prepare import "
+           "prepare\nimport sys\n"
+           "plan = DataPlan.from_yaml(sys.argv[1], "
+           "[f'data_args.num_workers={sys.argv[3]}'])\nprint('ready', flush=True)\nprepare(plan, "
+           "sys.argv[2])")
+    return subprocess.Popen([sys.executable, "-c", run, str(config), str(out), str(workers)],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# --- kills --------------------------------------------------------------------------------------------------------------------
+# --- kills ----------------------------------------------------------------------------------------
 
 DRIVER = """
 import os, sys
@@ -75,8 +83,11 @@ for line in sys.stdin:
 
 
 class Driver:
-    "Starts `prepare` in a fork of a process that has imported everything, so that twenty starts take no minute."
-    def __init__(self, config): self.process = subprocess.Popen([sys.executable, "-c", DRIVER, str(config)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """Starts `prepare` in a fork of a process that has imported everything, so that twenty starts
+    take no minute."""
+    def __init__(self, config):
+        self.process = subprocess.Popen([sys.executable, "-c", DRIVER, str(config)], cwd=ROOT,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, out, workers=0, kill_after=None):
         "How it ended (-9: killed) and how long it took."
@@ -86,15 +97,18 @@ class Driver:
             time.sleep(kill_after)
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
-        return -os.waitstatus_to_exitcode(int(self.process.stdout.readline())), time.monotonic() - begun
+        return (-os.waitstatus_to_exitcode(int(self.process.stdout.readline())),
+                time.monotonic() - begun)
 
     def close(self): self.process.stdin.close(); self.process.wait(); self.process.stdout.close()
 
 
 def test_twenty_kills_end_in_the_same_bytes(tmp_path):
-    "SIGKILL at 20 random moments, with and without worker processes; each new start goes on, and what was finished is not made again."
+    """SIGKILL at 20 random moments, with and without worker processes; each new start goes on, and
+    what was finished is not made again."""
     config = corpus(tmp_path)
-    driver, rng, partial, out = Driver(config), random.Random(0), tmp_path/"out.partial", tmp_path/"out"
+    driver, rng, partial, out = (Driver(config), random.Random(0), tmp_path/"out.partial",
+                                 tmp_path/"out")
     code, took = driver.run(tmp_path/"whole")
     whole, kills, goes_on, left = files(tmp_path/"whole"), 0, 0, {}
     assert code == 0 and len(whole) > 12
@@ -104,7 +118,8 @@ def test_twenty_kills_end_in_the_same_bytes(tmp_path):
         kills += code == 9
         if (partial/"journal.json").exists():
             shards = json.loads((partial/"journal.json").read_text())["train"]["shards"]
-            assert all(sha256_file(partial/s["file"]) == s["sha256"] == whole[s["file"]] for s in shards)
+            assert all(sha256_file(partial/s["file"]) == s["sha256"] == whole[s["file"]]
+                       for s in shards)
             now = {s["file"]: (partial/s["file"]).stat().st_mtime_ns for s in shards}
             assert all(now[f] == t for f, t in left.items()), "a finished shard was made again"
             goes_on += len(left) > 0
@@ -126,10 +141,12 @@ def test_a_killed_master_leaves_no_process(tmp_path):
     children, end = [], time.monotonic() + 20
     while len(children) < 2 and time.monotonic() < end:
         time.sleep(.05)
-        children = [int(c) for t in Path(f"/proc/{p.pid}/task").glob("*/children") for c in t.read_text().split()]
+        children = [int(c) for t in Path(f"/proc/{p.pid}/task").glob("*/children")
+                    for c in t.read_text().split()]
     assert len(children) >= 2
     p.kill(); p.communicate()
-    alive = lambda c: Path(f"/proc/{c}").exists() and "bantam.data.work" in Path(f"/proc/{c}/cmdline").read_text()
+    alive = lambda c: Path(f"/proc/{c}").exists() and "bantam.data.work" in Path(
+        f"/proc/{c}/cmdline").read_text()
     while any(map(alive, children)) and time.monotonic() < end: time.sleep(.1)
     assert not any(map(alive, children))
 
@@ -149,35 +166,42 @@ def test_any_number_of_workers_and_groups(tmp_path_factory, workers, most):
     assert files(tmp/"other") == files(tmp/"whole")
 
 
-# --- a full disk --------------------------------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
 def test_a_full_disk_keeps_the_finished_shards(tmp_path):
-    "The limit of the operating system on file sizes is the disk: too small for a shard, then for the journal when it has grown."
+    """The limit of the operating system on file sizes is the disk: too small for a shard, then for
+    the journal when it has grown."""
     config = corpus(tmp_path)
     config.write_text(config.read_text().replace("dedup: {num_perm: 64}", ""))
     assert start(config, tmp_path/"whole").wait() == 0
     whole = files(tmp_path/"whole")
-    limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+    limit = ("import resource, signal\nsignal.signal(signal.SIGXFSZ, "
+             "signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))")
     for size, finished in ((3000, 0), (6500, 1)):
         p = start(config, tmp_path/"out", before=limit.format(size))
         _, err = p.communicate()
         assert p.returncode == 1 and "BantamError: cannot write" in err, err
         journal = tmp_path/"out.partial/journal.json"
         shards = json.loads(journal.read_text())["train"]["shards"] if journal.exists() else []
-        assert len(shards) >= finished and all(sha256_file(tmp_path/"out.partial"/s["file"]) == whole[s["file"]] for s in shards)
+        assert len(shards) >= finished and all(
+            sha256_file(tmp_path/"out.partial"/s["file"]) == whole[s["file"]] for s in shards)
     assert start(config, tmp_path/"out").wait() == 0
     assert files(tmp_path/"out") == whole
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
-def bad_line(folder): (folder/"stories.jsonl").write_text('{"text": "The hen sat on six eggs and then on two."}\n{"text": \n')
+def bad_line(folder):
+    (folder/"stories.jsonl").write_text('{"text": "The hen sat on six eggs and then on '
+                                        'two."}\n{"text": \n')
 def empty(folder): (folder/"stories.jsonl").write_text("")
 def binary(folder): (folder/"stories.jsonl").write_bytes(b'{"text": "a\x00b"}\n')
 def latin(folder): (folder/"stories.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1"))
 def no_field(folder): (folder/"stories.jsonl").write_text('{"body": "x"}\n')
 def wrong_type(folder): (folder/"stories.jsonl").write_text('{"text": 17}\n')
-def bad_role(folder): (folder/"talks.jsonl").write_text('{"messages": [{"role": "narrator", "content": "Meanwhile, in the barn"}]}\n')
+def bad_role(folder):
+    (folder/"talks.jsonl").write_text('{"messages": [{"role": "narrator", "content": "Meanwhile, '
+                                      'in the barn"}]}\n')
 def bad_gz(folder): (folder/"stories.jsonl.gz").write_bytes(b"no gzip")
 def gone(folder): (folder/"stories.jsonl").unlink()
 def occupied(folder): (folder/"mix").mkdir(); (folder/"mix"/"mine.txt").write_text("x")
@@ -195,25 +219,34 @@ CASES = {
     "missing path": (gone, [], "does not exist"),
     "unreadable gz": (bad_gz, ["sources=[{path: stories.jsonl.gz}]"], "cannot unpack"),
     "unknown role": (bad_role, ["data_args.valid_fraction=0.0"], "talks.jsonl:1: message 0"),
-    "unknown section": (nothing, ["cleaning.min_chars=3"], "unknown key 'cleaning', did you mean 'clean'"),
+    "unknown section": (nothing, ["cleaning.min_chars=3"],
+                        "unknown key 'cleaning', did you mean 'clean'"),
     "unknown key": (nothing, ["data_args.valid_share=0.1"], "unknown key 'valid_share'"),
-    "unknown key of a source": (nothing, ["sources=[{path: stories.jsonl, wieght: 2}]"], "did you mean 'weight'"),
+    "unknown key of a source": (nothing, ["sources=[{path: stories.jsonl, wieght: 2}]"],
+                                "did you mean 'weight'"),
     "no source": (nothing, ["sources=[]"], "at least one source"),
     "sources not a list": (nothing, ["sources=stories.jsonl"], "must be a list"),
-    "source that is two things": (nothing, ["sources=[{path: stories.jsonl, corpus: offline}]"], "path"),
-    "two sources of one name": (nothing, ["sources=[{path: stories.jsonl}, {path: stories.jsonl}]"], "two sources are called"),
+    "source that is two things": (nothing, ["sources=[{path: stories.jsonl, corpus: "
+                                            "offline}]"], "path"),
+    "two sources of one name": (nothing, ["sources=[{path: stories.jsonl}, {path: stories.jsonl}]"],
+                                "two sources are called"),
     "unknown corpus": (nothing, ["sources=[{corpus: ofline}]"], "ofline"),
     "negative weight": (nothing, ["sources=[{path: stories.jsonl, weight: -1}]"], "weight"),
     "weights in a wrong unit": (nothing, ["data_args.unit=words"], "unit = 'words'"),
-    "valid_fraction of 1": (nothing, ["data_args.valid_fraction=1.0"], "valid_fraction must be from 0 to below 1"),
+    "valid_fraction of 1": (nothing, ["data_args.valid_fraction=1.0"],
+                            "valid_fraction must be from 0 to below 1"),
     "number as text": (nothing, ["data_args.max_shard_tokens=many"], "max_shard_tokens = 'many'"),
-    "no room in a shard": (nothing, ["data_args.max_shard_tokens=0"], "max_shard_tokens must be above 0"),
+    "no room in a shard": (nothing, ["data_args.max_shard_tokens=0"],
+                           "max_shard_tokens must be above 0"),
     "unknown template": (nothing, ["data_args.template=llama9"], "template = 'llama9'"),
     "missing tokenizer": (nothing, ["data_args.tokenizer=nowhere"], "nowhere"),
     "threshold above 1": (nothing, ["dedup.threshold=1.5"], "threshold must be"),
-    "cleaner that keeps nothing": (nothing, ["clean.max_chars=5"], "min_chars 10 is above max_chars 5"),
-    "bits per byte without a model": (nothing, ["clean.max_bits_per_byte=3"], "nothing scores them"),
-    "everything dropped": (nothing, ["clean.min_chars=100000"], "no document is left on the 'valid' side"),
+    "cleaner that keeps nothing": (nothing, ["clean.max_chars=5"],
+                                   "min_chars 10 is above max_chars 5"),
+    "bits per byte without a model": (nothing, ["clean.max_bits_per_byte=3"],
+                                      "nothing scores them"),
+    "everything dropped": (nothing, ["clean.min_chars=100000"],
+                           "no document is left on the 'valid' side"),
     "negative workers": (nothing, ["data_args.num_workers=-2"], "num_workers must be 0 or more"),
     "folder that is no shard folder": (occupied, [], "has no manifest.json"),
     "file in the way": (a_file, [], "cannot make"),
@@ -244,7 +277,8 @@ def test_a_mended_line_goes_on(tmp_path):
     from bantam.data.work import groups
     try:
         room.groups = lambda stream: groups(stream, 50)
-        with pytest.raises(BantamError, match="field 'text' is a int"): prepare(DataPlan.from_yaml(config))
+        with pytest.raises(BantamError, match="field 'text' is a int"):
+            prepare(DataPlan.from_yaml(config))
     finally: room.groups = groups
     done = json.loads((tmp_path/"mix.partial/journal.json").read_text())["train"]["shards"]
     assert done
@@ -259,11 +293,13 @@ def test_two_tokenizers_on_one_shard(tmp_path):
     prepare(plan)
     class Other: fingerprint, vocab_size = "f"*64, plan.tokenizer.vocab_size
     with pytest.raises(BantamError, match="was made with tokenizer"): Shards(tmp_path/"mix", Other)
-    for change, message in ((lambda f: f.write_bytes(f.read_bytes()[:-2]), "its manifest says"), (lambda f: f.write_bytes(b"\x01" + f.read_bytes()[1:]), "was altered")):
+    for change, message in ((lambda f: f.write_bytes(f.read_bytes()[:-2]), "its manifest says"),
+                            (lambda f: f.write_bytes(b"\x01" + f.read_bytes()[1:]), "was altered")):
         f = tmp_path/"mix"/"shard-00000.bin"
         good = f.read_bytes()
         change(f)
-        with pytest.raises(BantamError, match=f"shard-00000.bin.*{message}"): Shards(tmp_path/"mix", plan.tokenizer)
+        with pytest.raises(BantamError, match=f"shard-00000.bin.*{message}"):
+            Shards(tmp_path/"mix", plan.tokenizer)
         f.write_bytes(good)
     Shards(tmp_path/"mix", plan.tokenizer)
 
@@ -273,5 +309,6 @@ def test_one_at_a_time(tmp_path):
     config = corpus(tmp_path, n=30)
     (tmp_path/"mix.partial").mkdir()
     with locked(tmp_path/"mix.partial"):
-        with pytest.raises(BantamError, match="another process is preparing"): prepare(DataPlan.from_yaml(config))
+        with pytest.raises(BantamError, match="another process is preparing"):
+            prepare(DataPlan.from_yaml(config))
     prepare(DataPlan.from_yaml(config))

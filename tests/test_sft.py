@@ -1,4 +1,5 @@
-"""Fine-tuning: fifty mixed records and the targets that somebody wrote down by hand; what is refused; rows that share nothing."""
+"""Fine-tuning: fifty mixed records and the targets that somebody wrote down by hand; what is
+refused; rows that share nothing."""
 import json
 
 import pytest
@@ -27,7 +28,8 @@ def G(*turns): return dict(conversations=[{"from": f, "value": v} for f, v in tu
 
 
 CALL = dict(name="add", arguments=dict(a=2, b=3), id="1")
-CALLED = '<|TOOL_CALL_START|>{"name": "add", "arguments": {"a": 2, "b": 3}, "id": "1"}<|TOOL_CALL_END|>'
+CALLED = ('<|TOOL_CALL_START|>{"name": "add", "arguments": {"a": 2, "b": 3}, "id": '
+          '"1"}<|TOOL_CALL_END|>')
 OPENAI = dict(id="1", type="function", function=dict(name="add", arguments='{"a": 2, "b": 3}'))
 def thought(text): return f"<|THINK_START|>{text}<|THINK_END|>"
 
@@ -57,19 +59,25 @@ TABLE = [  # a record, and the stretches of it that are asked of the model
     (M(U("a"), A("b", thinking="")), ["b" + END]),
     (M(U("a"), A("b", thinking="<|THINK_END|>")), [thought("<|THINK_END|>") + "b" + END]),
     (M(U("a"), A("b", reasoning_content="c")), [thought("c") + "b" + END]),
-    (M(U("a"), A("", thinking="c"), U("d"), A("e", thinking="f")), [thought("c") + END, thought("f") + "e" + END]),
+    (M(U("a"), A("", thinking="c"), U("d"), A("e", thinking="f")),
+     [thought("c") + END, thought("f") + "e" + END]),
     (M(U("2+3?"), A("", tool_calls=[CALL])), [CALLED + END]),
-    (M(U("2+3?"), A("So:", tool_calls=[CALL]), T(5, id="1"), A("5.")), ["So:" + CALLED + END, "5." + END]),
-    (M(U("2+3?"), dict(role="assistant", tool_calls=[CALL]), dict(role="tool", id="1", error="no"), A("Sorry.")), [CALLED + END, "Sorry." + END]),
+    (M(U("2+3?"), A("So:", tool_calls=[CALL]), T(5, id="1"), A("5.")),
+     ["So:" + CALLED + END, "5." + END]),
+    (M(U("2+3?"), dict(role="assistant", tool_calls=[CALL]), dict(role="tool", id="1", error="no"),
+       A("Sorry.")), [CALLED + END, "Sorry." + END]),
     (M(U("2+3?"), A("", tool_calls=[CALL, CALL]), T("5", id="1")), [CALLED + CALLED + END]),
-    (M(U("2+3?"), A(None, tool_calls=[OPENAI]), dict(role="tool", tool_call_id="1", content="5"), A("5.")), [CALLED + END, "5." + END]),
-    (M(U("2+3?"), A("Hm.", thinking="c", tool_calls=[CALL])), [thought("c") + "Hm." + CALLED + END]),
+    (M(U("2+3?"), A(None, tool_calls=[OPENAI]), dict(role="tool", tool_call_id="1", content="5"),
+       A("5.")), [CALLED + END, "5." + END]),
+    (M(U("2+3?"), A("Hm.", thinking="c", tool_calls=[CALL])),
+     [thought("c") + "Hm." + CALLED + END]),
     (M(U("2+3?"), A("b", tool_calls=[])), ["b" + END]),
     (M(U("2+3?"), T('{"x": 1}'), A("b")), ["b" + END]),
     (M(S("a"), S("b"), U("c"), A("d")), ["d" + END]),
     (M(U("a"), A("b"), S("c"), U("d"), A("e")), ["b" + END, "e" + END]),
     (G(("human", "Hi"), ("gpt", "Hello.")), ["Hello." + END]),
-    (G(("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "See you.")), ["Hello." + END, "See you." + END]),
+    (G(("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"),
+       ("gpt", "See you.")), ["Hello." + END, "See you." + END]),
     (G(("user", "Hi"), ("assistant", "Hello.")), ["Hello." + END]),
     (G(("human", "a"), ("gpt", "b"), ("observation", "c"), ("gpt", "d")), ["b" + END, "d" + END]),
     (G(("human", ""), ("gpt", "")), [END]),
@@ -111,16 +119,26 @@ def test_fifty_mixed_records_as_written_by_hand(mixed):
     assert weights[12] == {2.} and all(w == {1.} for k, w in enumerate(weights) if k != 12)
 
 
-@pytest.mark.parametrize("rules, close", [(dict(include_agent_end=False), ""), (dict(include_eos=True), END), (dict(last_turn_only=True), END), (dict(mask_user_queries=False), END)])
+@pytest.mark.parametrize("rules, close", [(dict(include_agent_end=False), ""),
+                                          (dict(include_eos=True), END),
+                                          (dict(last_turn_only=True), END),
+                                          (dict(mask_user_queries=False), END)])
 def test_the_same_fifty_under_other_rules(mixed, rules, close):
     kept = [(r, m) for r, m in TABLE if m != [END]]  # without their closing token, some ask nothing
     samples, _ = sft_samples([r for r, _ in kept], TOK, SFTArgs(**rules), 512)
     for (record, must), sample in zip(kept, samples):
         found = stretches(sample)
-        if "include_agent_end" in rules: assert found == [t for t in (m.removesuffix(END) for m in must) if t], record
-        if "last_turn_only" in rules: assert found == must[-1:] or "messages" in record and record["messages"][-1].get("weight") == 0, record
-        if "include_eos" in rules: assert sample.ids[-1] == TOK.eos_id and bool(sample.weights[-1]) == found[-1].endswith("<|EOS|>"), record
-        if "mask_user_queries" in rules: assert any(f.endswith(UEND) for f in found) and [f for f in found if f.endswith(END)] == must, record
+        if "include_agent_end" in rules:
+            assert found == [t for t in (m.removesuffix(END) for m in must) if t], record
+        if "last_turn_only" in rules:
+            assert (found == must[-1:] or "messages" in record
+                    and record["messages"][-1].get("weight") == 0), record
+        if "include_eos" in rules:
+            assert (sample.ids[-1] == TOK.eos_id
+                    and bool(sample.weights[-1]) == found[-1].endswith("<|EOS|>")), record
+        if "mask_user_queries" in rules:
+            assert (any(f.endswith(UEND) for f in found)
+                    and [f for f in found if f.endswith(END)] == must), record
 
 
 WRONG = {
@@ -138,14 +156,17 @@ WRONG = {
 
 @pytest.mark.parametrize("record, says", WRONG.values(), ids=WRONG)
 def test_a_wrong_record_is_refused_with_its_place(record, says):
-    with pytest.raises(BantamError, match=says) as e: sft_samples([TABLE[0][0], record], TOK, SFTArgs(), 512)
+    with pytest.raises(BantamError, match=says) as e:
+        sft_samples([TABLE[0][0], record], TOK, SFTArgs(), 512)
     assert "record 1" in str(e.value)
 
 
 def test_packed_rows_share_nothing(mixed):
     "Another dialogue in the same row changes no gradient of this one."
     seed_everything(0)
-    model = BantamForCausalLM(BantamConfig.from_preset("tiny", vocab_size=TOK.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+    model = BantamForCausalLM(BantamConfig.from_preset("tiny", vocab_size=TOK.vocab_size,
+                                                       hidden_size=32, intermediate_size=64,
+                                                       num_hidden_layers=2))
     def gradient(packing):
         args, total = SFTArgs(packing=packing, batch_size=50), 0.
         model.zero_grad()
@@ -158,6 +179,8 @@ def test_packed_rows_share_nothing(mixed):
 
 
 def test_a_batch_without_a_target_is_an_error_and_not_nan():
-    model = BantamForCausalLM(BantamConfig.from_preset("tiny", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    model = BantamForCausalLM(BantamConfig.from_preset("tiny", vocab_size=300, hidden_size=32,
+                                                       intermediate_size=64, num_hidden_layers=1))
     ids = torch.randint(300, (1, 8))
-    with pytest.raises(BantamError, match="no target in this batch"): model(ids, targets=torch.full((1, 8), -100))
+    with pytest.raises(BantamError, match="no target in this batch"):
+        model(ids, targets=torch.full((1, 8), -100))

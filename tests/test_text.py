@@ -1,4 +1,5 @@
-"""Text: what a cell cannot say. Any string, every control token in every place, the same in transformers."""
+"""Text: what a cell cannot say. Any string, every control token in every place, the same in
+transformers."""
 import json
 import multiprocessing
 import os
@@ -21,10 +22,13 @@ from bantam.text.trainbpe import train_bpe
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 ROLES = "system", "user", "assistant", "agent", "tool"
 OPTIONS = dict(plain={}, threes=dict(digit_group_size=3), prefilled=dict(prefill_numbers_upto=100),
-               symbols=dict(regex_symbols=True), words=dict(no_regex=True), bytes=dict(vocab_size=334))
+               symbols=dict(regex_symbols=True), words=dict(no_regex=True),
+               bytes=dict(vocab_size=334))
 
-# Any text, and text that looks dangerous: shards of control tokens, digits and white space in any order
-SHARDS = [*CONTROL_TOKENS, "<|", "|>", "<", "|", "BOS", "im_start", "user\n", " ", "\n\n", "\t", "0", "19",
+# Any text, and text that looks dangerous: shards of control tokens, digits and white space in any
+# order
+SHARDS = [*CONTROL_TOKENS, "<|", "|>", "<", "|", "BOS", "im_start", "user\n", " ", "\n\n",
+          "\t", "0", "19",
           "2024", "'s", "'", "é", "e\u0301", "日本", "😀", "\u200d", "नि", "ع", "a", "Word", "<|EOS"]
 TEXT = st.text(max_size=60) | st.lists(st.sampled_from(SHARDS), max_size=12).map("".join)
 
@@ -32,7 +36,8 @@ TEXT = st.text(max_size=60) | st.lists(st.sampled_from(SHARDS), max_size=12).map
 @cache
 def corpus():
     from pydoc_data.topics import topics
-    extra = [" ".join(map(str, range(300))), "naïve 日本語 नमस्ते 😀 " * 5, " ".join(CONTROL_TOKENS * 20)]
+    extra = [" ".join(map(str, range(300))), "naïve 日本語 नमस्ते 😀 " * 5,
+             " ".join(CONTROL_TOKENS * 20)]
     return [*list(topics.values())[::3], *extra]
 
 
@@ -94,7 +99,8 @@ def test_no_content_forges_a_control_id(name):
     twins = ["<｜EOS｜>", "<\u200b|EOS|>", "&lt;|EOS|&gt;", "<|EOS|\u0301>", "＜|EOS|＞"]
     for role in ROLES:
         def controls(content):
-            return [i for i in template.encode([dict(role=role, content=content)], tok).ids if i < 78]
+            return [i for i in template.encode([dict(role=role, content=content)],
+                                               tok).ids if i < 78]
         frame = controls("")
         for t in [*CONTROL_TOKENS, *twins]:
             for content in (t, f" {t}", f"{t}\n{t}", f"x{t}{t}7", f"<|{t}|>", t[1:], t[:-1]):
@@ -104,7 +110,8 @@ def test_no_content_forges_a_control_id(name):
 @pytest.mark.parametrize("name", ["bantam", "chatml"])
 def test_marks_and_prompts_of_any_conversation(name):
     tok, template = made("shipped"), ChatTemplate.named(name)
-    turns = st.builds(lambda role, content: dict(role=role, content=content), st.sampled_from(ROLES), TEXT)
+    turns = st.builds(lambda role, content: dict(role=role, content=content),
+                      st.sampled_from(ROLES), TEXT)
 
     @many
     @given(st.lists(turns, min_size=1, max_size=4), TEXT)
@@ -126,7 +133,8 @@ def test_marks_and_prompts_of_any_conversation(name):
 @pytest.mark.parametrize("name", ["bantam", "chatml"])
 def test_transformers_renders_masks_and_refuses_as_we_do(name, tmp_path):
     from transformers import AutoTokenizer
-    says = ("system", "Be brief."), ("user", " Hi\n"), ("agent", "Hello 😀"), ("tool", "{}"), ("assistant", "")
+    says = (("system", "Be brief."), ("user", " Hi\n"), ("agent", "Hello 😀"), ("tool", "{}"),
+            ("assistant", ""))
     chat = [dict(role=r, content=c) for r, c in says]
     tok = BantamTokenizer.default()
     tok.chat_template = ChatTemplate.named(name).jinja()
@@ -156,7 +164,8 @@ def typed(tok): return tok.encode("<|EOS|> hello")
 def test_copies_in_threads_and_processes_keep_the_switch():
     tok = made("shipped")
     with ThreadPoolExecutor(4) as pool:
-        work = [pool.submit(tok.encode, "<|EOS|> hello", allow_special=bool(k % 2)) for k in range(200)]
+        work = [pool.submit(tok.encode, "<|EOS|> hello", allow_special=bool(k % 2))
+                for k in range(200)]
     for k, w in enumerate(work): assert (3 in w.result()) == bool(k % 2)
     assert typed(pickle.loads(pickle.dumps(tok))) == typed(tok)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -190,7 +199,8 @@ print(tok.fingerprint, peak // (1024 if sys.platform == "darwin" else 1))
 
 
 def test_training_is_the_same_on_any_number_of_cores_and_holds_no_text():
-    runs = [in_python(TRAIN.format(times=1), RAYON_NUM_THREADS=n, PYTHONHASHSEED=n).split() for n in "12"]
+    runs = [in_python(TRAIN.format(times=1), RAYON_NUM_THREADS=n, PYTHONHASHSEED=n).split()
+            for n in "12"]
     assert runs[0][0] == runs[1][0]
     _, peak = in_python(TRAIN.format(times=40)).split()
     assert int(peak) < int(runs[1][1]) + 9_000  # KB; the text itself grew by 18,000
@@ -198,7 +208,8 @@ def test_training_is_the_same_on_any_number_of_cores_and_holds_no_text():
 
 def test_progress_shows_in_a_terminal():
     pty = pytest.importorskip("pty")
-    code = "from bantam.text.trainbpe import train_bpe; train_bpe(['a bad cab'] * 99, 340, progress={})"
+    code = ("from bantam.text.trainbpe import train_bpe; train_bpe(['a bad cab'] * 99, 340, "
+            "progress={})")
     shown = {}
     for progress in (True, False):
         read = []
@@ -215,7 +226,8 @@ def raw_bytes(spec):
 
 
 DAMAGE = {
-    "not special": (lambda s: s["added_tokens"][3].update(special=False), "added to it without being special"),
+    "not special": (lambda s: s["added_tokens"][3].update(special=False),
+                    "added to it without being special"),
     "merge": (lambda s: s["model"]["merges"].append(["<|EOS|", ">"]), "."),
     "whole pieces": (raw_bytes, r"text can spell <\|UNK"),
     "no pieces": (lambda s: s.update(pre_tokenizer=None), "does not cut text into its bytes"),

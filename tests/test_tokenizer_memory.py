@@ -14,7 +14,8 @@ def letters(r, n): return "".join(r.choices("abcdefghijklmnopqrstuvwxyz", k=n))
 
 
 def language(r):
-    "Blocks of words as people use them: 200,000 known ones by Zipf's law, and some that were never seen."
+    """Blocks of words as people use them: 200,000 known ones by Zipf's law, and some that were
+    never seen."""
     known = [letters(r, r.randint(2, 11)) for _ in range(200_000)]
     odds = [1 / (k + 3) for k in range(len(known))]
     blocks = [" ".join(r.choices(known, odds, k=300_000)) for _ in range(8)]
@@ -37,9 +38,11 @@ def one_line(r):
 
 
 # What is written, how much of it, and the size of the vocabulary: long words are slow to merge
-KINDS = {"language": (language, 2 * GB, 16384), "noise": (noise, GB // 5, 16384), "one line": (one_line, GB // 50, 400)}
+KINDS = {"language": (language, 2 * GB, 16384), "noise": (noise, GB // 5, 16384),
+         "one line": (one_line, GB // 50, 400)}
 
-# Memory of the process that does it, in KB, beside the records that were left out because it was full
+# Memory of the process that does it, in KB, beside the records that were left out because it was
+# full
 CODE = """
 import json, resource, sys
 from bantam.cli import main
@@ -56,7 +59,8 @@ def test_training_stays_under_four_gigabytes(kind, tmp_path):
         for block in make(random.Random(0)):
             f.write(block)
             if f.tell() >= size: break
-    words = [sys.executable, "-W", "ignore", "-c", CODE, str(tmp_path/"corpus.txt"), str(tmp_path/"tok"), "--vocab-size", str(vocab_size)]
+    words = [sys.executable, "-W", "ignore", "-c", CODE, str(tmp_path/"corpus.txt"),
+             str(tmp_path/"tok"), "--vocab-size", str(vocab_size)]
     done = subprocess.run(words, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     peak = json.loads(done.stdout.splitlines()[-1])

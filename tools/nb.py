@@ -25,7 +25,8 @@ def shrink(nb):
 
 
 def run_one(fn, save=True):
-    "Run `fn` as `nbdev_test` does; with `save`, write the cleaned outputs back. True when every cell ran."
+    """Run `fn` as `nbdev_test` does; with `save`, write the cleaned outputs back. True when every
+    cell ran."""
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
@@ -61,22 +62,27 @@ def run_one(fn, save=True):
 
 
 def put(text, nb):
-    "Write `text` into `nb` (cell ids and outputs of unchanged cells are kept) and export its module."
+    """Write `text` into `nb` (cell ids and outputs of unchanged cells are kept) and export its
+    module."""
     from nbdev.config import get_config
     from nbdev.export import nb_export
     Path(nb).parent.mkdir(parents=True, exist_ok=True)
-    how = ["--update", "--to", "ipynb"] if Path(nb).exists() else ["--to", "ipynb", "--set-kernel", "python3"]
-    subprocess.run([sys.executable, "-m", "jupytext", "-q", *how, "-o", str(nb), str(text)], check=True)
+    how = (["--update", "--to", "ipynb"] if Path(nb).exists()
+           else ["--to", "ipynb", "--set-kernel", "python3"])
+    subprocess.run([sys.executable, "-m", "jupytext", "-q", *how, "-o", str(nb), str(text)],
+                   check=True)
     nb_export(Path(nb).absolute(), lib_path=get_config(path=Path(nb).parent).lib_path)
 
 
 def main(cmd, *files):
     if cmd == "text":
-        return subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", *PLAIN, files[0], "-o", "-"]).returncode
+        return subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", *PLAIN,
+                               files[0], "-o", "-"]).returncode
     if cmd == "put":
         put(*files)
         cmd, files = "run", files[1:]
-    files = [Path(f) for f in files] or sorted(p for p in Path("nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    files = [Path(f) for f in files] or sorted(
+        p for p in Path("nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     bad = []
     for f in files:
         t = time.time()

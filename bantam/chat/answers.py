@@ -68,7 +68,8 @@ class ChatAnswer(TextAnswer):
                  stop=(), # Texts that end the words
                  tools:bool=False # Were tools offered?
                 ):
-        self.stop_ids,self.reader,self.watch,self.tools = set(stop_ids),AnswerReader(tokenizer),StopText(stop),tools
+        self.stop_ids,self.reader,self.watch,self.tools = (set(stop_ids),AnswerReader(tokenizer),
+                                                           StopText(stop),tools)
         self.pieces,self.called,self.call,self.count = deque(),False,"",0
 
     def __call__(self,
@@ -94,9 +95,12 @@ class ChatAnswer(TextAnswer):
         self.count,raw,self.call = len(self.reader.calls),self.call,""
         if not self.tools: return
         try: call = parse_call(raw)
-        except BantamError: self.pieces.append(("content", raw)); return # a call that cannot be read is text
-        function = dict(name=call["name"], arguments=json.dumps(call["arguments"], ensure_ascii=False))
-        self.pieces.append(("tool_calls", [dict(id=call["id"], type="function", function=function)]))
+        # a call that cannot be read is text
+        except BantamError: self.pieces.append(("content", raw)); return
+        function = dict(
+            name=call["name"], arguments=json.dumps(call["arguments"], ensure_ascii=False))
+        self.pieces.append(
+            ("tool_calls", [dict(id=call["id"], type="function", function=function)]))
         self.called = True
 
     def close(self)->None:
@@ -125,9 +129,13 @@ def args(self:Served,
         )->GenerationArgs:
     "How to sample, and how much."
     if room < 1:
-        raise Refused(f"the prompt takes {self.model.config.max_position_embeddings - room} tokens and leaves no room in the model's context of "
-                      f"{self.model.config.max_position_embeddings}; shorten it", param="messages" if isinstance(ask, ChatRequest) else "prompt", code="context_length_exceeded")
-    most = getattr(ask, "max_completion_tokens", None) or ask.max_tokens or self.generation.max_new_tokens
+        raise Refused(f"the prompt takes {self.model.config.max_position_embeddings - room} tokens "
+                      "and leaves no room in the model's context of "
+                      f"{self.model.config.max_position_embeddings}; shorten it",
+                      param="messages" if isinstance(ask, ChatRequest) else "prompt",
+                      code="context_length_exceeded")
+    most = (getattr(ask, "max_completion_tokens", None) or ask.max_tokens
+            or self.generation.max_new_tokens)
     how = dict(repetition_penalty=1., no_repeat_ngram_size=0) if plain else {}
     how |= {k: v for k in SAMPLING if (v := getattr(ask, k)) is not None}
     return self.generation.replace(max_new_tokens=min(most, room), num_beams=1, **how)
@@ -139,9 +147,11 @@ def form(self:Served,
         ): # A constraint, or None
     "What the answer is held to."
     if ask.response_format is None or ask.response_format.type == "text": return None
-    schema = ask.response_format.json_schema.schema_ if ask.response_format.json_schema else dict(type="object")
+    schema = (ask.response_format.json_schema.schema_ if ask.response_format.json_schema
+              else dict(type="object"))
     try: return JsonConstraint(schema, self.tokenizer, ends=ends)
-    except BantamError as e: raise Refused(f"response_format: {e}", param="response_format") from None
+    except BantamError as e:
+        raise Refused(f"response_format: {e}", param="response_format") from None
 
 # %% ../../nbs/7_chat/74c_answers.ipynb #54458670
 @patch
@@ -149,21 +159,29 @@ def rows(self:Served,
          ask # A request that was understood
         )->tuple: # Rows, their answers, tokens of the prompts
     "What a request asks of the engine."
-    if ask.model != self.name: raise Refused(f"there is no model {ask.model!r:.100} here; there is {self.name!r}", 404, "model", "model_not_found")
-    tok,context,stop = self.tokenizer,self.model.config.max_position_embeddings,[ask.stop] if isinstance(ask.stop, str) else ask.stop or []
-    rows,answers,prompts = [],[],[ask.messages] if isinstance(ask, ChatRequest) else [ask.prompt] if isinstance(ask.prompt, str) else ask.prompt
+    if ask.model != self.name:
+        raise Refused(f"there is no model {ask.model!r:.100} here; there is {self.name!r}", 404,
+                      "model", "model_not_found")
+    tok,context,stop = (self.tokenizer,self.model.config.max_position_embeddings,
+                        [ask.stop] if isinstance(ask.stop, str) else ask.stop or [])
+    rows,answers,prompts = [],[],[ask.messages] if isinstance(
+        ask, ChatRequest) else [ask.prompt] if isinstance(ask.prompt, str) else ask.prompt
     for p in prompts:
         if isinstance(ask, ChatRequest):
             tools,ends = bool(offered(ask)),self.template.stop_ids(tok)
-            ids,held = self.template.encode(conversation(ask), tok, add_generation_prompt=True).ids,lambda: self.form(ask, ends)
-            plain,make = tools or (ask.response_format and ask.response_format.type != "text"),lambda: ChatAnswer(tok, ends, stop, tools)
+            ids,held = self.template.encode(
+                conversation(ask), tok, add_generation_prompt=True).ids,lambda: self.form(ask, ends)
+            plain,make = (tools or (ask.response_format and ask.response_format.type != "text"),
+                          lambda: ChatAnswer(tok, ends, stop, tools))
         else:
             ids,held,plain = prompt_ids(tok, p),lambda: None,False
-            make = lambda: TextAnswer(tok, {self.model.config.eos_token_id}, stop, p if ask.echo else "")
+            make = lambda: TextAnswer(tok, {self.model.config.eos_token_id}, stop,
+                                      p if ask.echo else "")
         how = self.args(ask, context - len(ids), plain)
         for i in range(ask.n or 1):
             answers.append(make())
-            rows.append(Row(ids, how, answers[-1], None if ask.seed is None else ask.seed + i, held()))
+            rows.append(
+                Row(ids, how, answers[-1], None if ask.seed is None else ask.seed + i, held()))
     return rows,answers,sum(len(r.ids) for r in rows[::ask.n or 1])
 
 # %% ../../nbs/7_chat/74c_answers.ipynb #9b3939b0
@@ -175,7 +193,8 @@ class Reply:
                 ):
         self.ask,self.chat,self.name = ask,isinstance(ask, ChatRequest),served.name
         self.rows,self.answers,self.prompt_tokens = served.rows(ask)
-        self.id,self.created = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),int(time.time())
+        self.id,self.created = (("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),
+                                int(time.time()))
         self.usage = bool(ask.stream_options and ask.stream_options.include_usage)
         self.told = set() # answers whose end was told
         self.calls = [0]*len(self.rows)
@@ -184,7 +203,8 @@ class Reply:
                i:int # Which answer
               )->str:
         "Why it ended."
-        return "tool_calls" if self.answers[i].called and self.rows[i].finish == "stop" else self.rows[i].finish
+        return ("tool_calls" if self.answers[i].called
+                and self.rows[i].finish == "stop" else self.rows[i].finish)
 
     def frame(self,
               choices:list, # What stands in it
@@ -199,7 +219,8 @@ class Reply:
     def count(self)->dict:
         "Tokens that were read and said."
         said = sum(len(r.said) for r in self.rows)
-        return dict(prompt_tokens=self.prompt_tokens, completion_tokens=said, total_tokens=self.prompt_tokens + said)
+        return dict(prompt_tokens=self.prompt_tokens, completion_tokens=said,
+                    total_tokens=self.prompt_tokens + said)
 
 # %% ../../nbs/7_chat/74c_answers.ipynb #036e1588
 @patch
@@ -209,16 +230,20 @@ def piece(self:Reply,
           reason:str|None=None # Why it ended, in its last chunk
          )->dict:
     "A chunk of a stream."
-    if not self.chat: return self.frame([dict(index=i, text=new.get("content", ""), logprobs=None, finish_reason=reason)])
+    if not self.chat:
+        return self.frame(
+            [dict(index=i, text=new.get("content", ""), logprobs=None, finish_reason=reason)])
     if "tool_calls" in new:
-        new = new | dict(tool_calls=[dict(index=self.calls[i] + n, **c) for n,c in enumerate(new["tool_calls"])])
+        new = new | dict(
+            tool_calls=[dict(index=self.calls[i] + n, **c) for n,c in enumerate(new["tool_calls"])])
         self.calls[i] += len(new["tool_calls"])
     return self.frame([dict(index=i, delta=new, logprobs=None, finish_reason=reason)])
 
 @patch
 def begin(self:Reply)->list: # of chunks
     "The first chunks of a stream: who speaks."
-    return [self.piece(i, dict(role="assistant", content="")) for i in range(len(self.rows))] if self.chat else []
+    return ([self.piece(i, dict(role="assistant", content="")) for i in range(len(self.rows))]
+            if self.chat else [])
 
 @patch
 def news(self:Reply)->list: # of chunks
@@ -226,10 +251,12 @@ def news(self:Reply)->list: # of chunks
     out = []
     for i,(row,answer) in enumerate(zip(self.rows, self.answers)):
         if i in self.told: continue
-        if over := row.finish is not None: answer.close() # asked before it is drained: nothing comes after
+        # asked before it is drained: nothing comes after
+        if over := row.finish is not None: answer.close()
         if new := answer.drain(): out.append(self.piece(i, new))
         if over: out.append(self.piece(i, {}, self.reason(i))); self.told.add(i)
-    if self.usage and len(self.told) == len(self.rows): out.append(self.frame([], usage=self.count()))
+    if self.usage and len(self.told) == len(self.rows):
+        out.append(self.frame([], usage=self.count()))
     return out
 
 @patch
@@ -240,7 +267,10 @@ def whole(self:Reply)->dict:
         answer.close()
         new = answer.drain()
         if self.chat:
-            what = dict(role="assistant", content=new.pop("content", None if "tool_calls" in new else ""), refusal=None, **new)
+            what = dict(role="assistant", content=new.pop(
+                "content", None if "tool_calls" in new else ""), refusal=None, **new)
             choices.append(dict(index=i, message=what, logprobs=None, finish_reason=self.reason(i)))
-        else: choices.append(dict(index=i, text=new.get("content", ""), logprobs=None, finish_reason=self.reason(i)))
+        else:
+            choices.append(dict(index=i, text=new.get("content", ""), logprobs=None,
+                                finish_reason=self.reason(i)))
     return self.frame(choices, chunk=False, usage=self.count())

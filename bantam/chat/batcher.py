@@ -49,7 +49,9 @@ class Row:
 
     def __post_init__(self):
         if not self.ids: raise BantamError("a prompt is empty; it needs a token at least")
-        if self.args.num_beams > 1: raise BantamError("num_beams: a search forks its answers and cannot share a batch; leave it at 1")
+        if self.args.num_beams > 1:
+            raise BantamError("num_beams: a search forks its answers and cannot share a batch; "
+                              "leave it at 1")
         self.darts = darts(self.seed, 1, self.args.max_new_tokens)[0].tolist()
         last = ("max_new_tokens", "num_beams", "length_penalty")
         self.rules = tuple((k, v) for k,v in dataclasses.asdict(self.args).items() if k not in last)
@@ -88,7 +90,8 @@ class SeatSlot(Slot):
               )->tuple[Tensor,Tensor]: # Keys and values of the seats that are taken
         "Append the new tokens."
         B,past,now = len(k_BGTK),self.length,self.length + k_BGTK.shape[2]
-        for name,new in (("k", k_BGTK), ("v", v_BGTK)): self.room(name, new, now)[:B,:,past:now] = new
+        for name,new in (("k", k_BGTK), ("v", v_BGTK)):
+            self.room(name, new, now)[:B,:,past:now] = new
         self.length = now
         return self.k[:B,:,:now],self.v[:B,:,:now]
 
@@ -117,7 +120,8 @@ class SeatCache(KVCache):
         "Copy a row into a seat."
         for name,s in row.slots.items():
             mine = self.slots.setdefault(name, self.new_slot(0))
-            for part,t in (("k", s.k), ("v", s.v)): mine.room(part, t, past)[seat,:,past-s.length:past] = t[0,:,:s.length]
+            for part,t in (("k", s.k), ("v", s.v)):
+                mine.room(part, t, past)[seat,:,past-s.length:past] = t[0,:,:s.length]
             mine.length = past
 
     def move(self,
@@ -146,12 +150,15 @@ class Batch:
                  seats:int=32, # Rows at the same time
                  chunk:int=512 # Tokens of prompts that are read between two steps
                 ):
-        if seats < 1 or chunk < 1: raise BantamError(f"seats and chunk must be at least 1, got {seats} and {chunk}")
+        if seats < 1 or chunk < 1:
+            raise BantamError(f"seats and chunk must be at least 1, got {seats} and {chunk}")
         self.model,self.chunk,self.context = model.eval(),chunk,model.config.max_position_embeddings
         self.why_alone = one_at_a_time(model.config)
         self.seats = 1 if self.why_alone else seats
-        self.rows,self.reading,self.past = [],deque(),0 # rows in their seats; prompts being read; columns in the cache
-        self.cache,self.steps = SeatCache(model.config.num_hidden_layers, self.seats, 64),None # steps: of the only row, where there is one seat
+        # rows in their seats; prompts being read; columns in the cache
+        self.rows,self.reading,self.past = [],deque(),0
+        # steps: of the only row, where there is one seat
+        self.cache,self.steps = SeatCache(model.config.num_hidden_layers, self.seats, 64),None
         self.table = torch.full((self.seats, 64), -1, device=model.device)
 
     @property
@@ -164,14 +171,16 @@ class Batch:
              )->None:
         "Refuse what will never fit."
         if (n := len(row.ids) + row.args.max_new_tokens) > self.context:
-            raise BantamError(f"{len(row.ids)} tokens and {row.args.max_new_tokens} new ones are {n}, the model's context "
+            raise BantamError(f"{len(row.ids)} tokens and {row.args.max_new_tokens} new ones are "
+                              f"{n}, the model's context "
                               f"is {self.context}; shorten the prompt, or lower max_new_tokens")
 
     def add(self,
             row:Row # Has said nothing yet
            )->None:
         "A row joins; its prompt is read during the next steps."
-        if not self.free: raise BantamError(f"all {self.seats} seats are taken; wait until a row has ended")
+        if not self.free:
+            raise BantamError(f"all {self.seats} seats are taken; wait until a row has ended")
         self.check(row)
         if self.why_alone: self.rows.append(row); self.steps = self.solo(row)
         else: self.reading.append((row, KVCache(self.model.config.num_hidden_layers)))
@@ -184,7 +193,8 @@ class Batch:
         self.reading = deque(r for r in self.reading if r[0] is not row)
         if row not in self.rows: return
         i,last = self.rows.index(row),len(self.rows) - 1
-        if i < last and not self.why_alone: self.cache.move(i, last); self.table[i] = self.table[last]
+        if i < last and not self.why_alone:
+            self.cache.move(i, last); self.table[i] = self.table[last]
         self.rows[i] = self.rows[last]
         self.rows.pop()
         if self.steps: self.steps.close(); self.steps = None
@@ -196,7 +206,8 @@ def shift(self:Batch,
          )->None:
     "Move table and cache."
     self.cache.shift(by, len(self.rows))
-    self.table = F.pad(self.table[:, by:], (0, by), value=-1) if by > 0 else F.pad(self.table, (-by, 0), value=-1)
+    self.table = F.pad(self.table[:, by:], (0, by),
+                       value=-1) if by > 0 else F.pad(self.table, (-by, 0), value=-1)
     self.past -= by
 
 @patch
@@ -205,8 +216,10 @@ def tidy(self:Batch)->None:
     if not self.rows:
         self.past = 0
         for s in self.cache.slots.values(): s.length = 0
-    elif (unused := self.past + 1 - max(len(r.ids) + len(r.said) for r in self.rows)) >= 64: self.shift(unused)
-    if self.past + 2 > self.table.shape[1]: self.table = F.pad(self.table, (0, self.table.shape[1]), value=-1)
+    elif (unused := self.past + 1 - max(len(r.ids) + len(r.said) for r in self.rows)) >= 64:
+        self.shift(unused)
+    if self.past + 2 > self.table.shape[1]:
+        self.table = F.pad(self.table, (0, self.table.shape[1]), value=-1)
 
 @patch
 def read(self:Batch)->None:
@@ -216,7 +229,9 @@ def read(self:Batch)->None:
         row,cache = self.reading[0]
         at,most = cache.length,len(row.ids) - 1
         stop = min(most, at + budget)
-        if at < stop: self.model.hidden_states(torch.tensor([row.ids[at:stop]], device=self.table.device), cache=cache)
+        if at < stop:
+            self.model.hidden_states(torch.tensor([row.ids[at:stop]], device=self.table.device),
+                                     cache=cache)
         budget -= max(1, stop - at)
         if stop < most: return
         self.reading.popleft()
@@ -224,7 +239,8 @@ def read(self:Batch)->None:
         if most > self.past: self.shift(self.past - most)
         self.cache.sit(len(self.rows), cache, self.past)
         self.table[len(self.rows)] = -1
-        self.table[len(self.rows), self.past-most:self.past+1] = torch.tensor(row.ids, device=self.table.device)
+        self.table[len(self.rows), self.past-most:self.past+1] = torch.tensor(
+            row.ids, device=self.table.device)
         self.rows.append(row)
 
 # %% ../../nbs/7_chat/74_batcher.ipynb #4ebd98cc
@@ -269,7 +285,8 @@ def step(self:Batch)->list: # Rows that said something or ended; empty while pro
         h_B1D = self.model.hidden_states(ids_BT[:, -1:], attention_mask=real_BT, cache=self.cache)
         new = self.choose(self.model.head(h_B1D[:, -1]), ids_BT)
         self.past += 1
-        self.table[:len(spoke), self.past] = torch.tensor([0 if i is None else i for i in new], device=self.table.device)
+        self.table[:len(spoke), self.past] = torch.tensor([0 if i is None else i for i in new],
+                                                          device=self.table.device)
     for row,id in zip(spoke, new):
         try:
             if id is not None and row.constraint and not self.why_alone: row.constraint.advance(id)
@@ -285,7 +302,9 @@ def solo(self:Batch,
         ): # An iterator of its ids
     "The loop of room `steps`, for a model whose rows cannot share."
     ids = torch.tensor([row.ids], device=self.table.device)
-    for step in self.model.steps(ids, row.args, stop_ids=(), seed=row.seed, constraint=row.constraint): yield step.ids_B.item()
+    for step in self.model.steps(ids, row.args, stop_ids=(), seed=row.seed,
+                                 constraint=row.constraint):
+        yield step.ids_B.item()
 
 @patch
 def next_alone(self:Batch)->list: # One id, or None where the row has failed

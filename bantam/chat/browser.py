@@ -107,7 +107,8 @@ def _guard(self:Browser, context, page):
         loaded[0] += event["dataLength"]
         if loaded[0] > self.max_bytes: self.stopped.append("size"); client.send("Page.stopLoading")
     client.on("Fetch.requestPaused", paused); client.on("Network.dataReceived", received)
-    client.send("Network.enable"); client.send("Fetch.enable", dict(patterns=[dict(urlPattern="*")]))
+    client.send("Network.enable")
+    client.send("Fetch.enable", dict(patterns=[dict(urlPattern="*")]))
 
 @patch
 def _text(self:Browser, browser, url):
@@ -140,7 +141,8 @@ def why(self:Browser,
     "An error in one line."
     if "size" in self.stopped: return f"the page loads more than {self.max_bytes} bytes"
     if self.stopped:
-        return f"the page leads to {self.stopped[0]!r:.200}, which is not on the list of allowed hosts"
+        return (f"the page leads to {self.stopped[0]!r:.200}, which is not on the list of allowed "
+                "hosts")
     if "Timeout" in message: return f"{place(url)} took longer than {self.seconds:g} s"
     return f"cannot read the page: {message.splitlines()[0]:.200}"
 

@@ -16,7 +16,8 @@ from ..core import BantamError
 
 # %% ../../nbs/7_chat/70a_calculator.ipynb #2cb99ad6
 DIGITS,LENGTH = 300,200 # Of a result; characters of an expression
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 def power(base:int|float, # What is multiplied by itself
@@ -26,7 +27,8 @@ def power(base:int|float, # What is multiplied by itself
     if base < 0 and exponent != int(exponent):
         raise BantamError(f"{base} ** {exponent} is no real number")
     if base and abs(exponent) * abs(math.log10(abs(base))) > DIGITS:
-        raise BantamError(f"{base} ** {exponent} is too large or too small: {DIGITS} digits are the limit")
+        raise BantamError(f"{base} ** {exponent} is too large or too small: "
+                          f"{DIGITS} digits are the limit")
     return base ** exponent
 
 def bounded(x:int|float # A result
@@ -52,12 +54,15 @@ def value(node:ast.AST # A node of the tree
             try: return bounded(act(a, b))
             except ZeroDivisionError: raise BantamError("division by zero") from None
             except OverflowError: raise BantamError("the result is too large") from None
-    raise BantamError(f"the calculator knows numbers, + - * / // % ** and brackets, not {ast.unparse(node)!r:.40}")
+    raise BantamError("the calculator knows numbers, + - * / // % ** and brackets, "
+                      f"not {ast.unparse(node)!r:.40}")
 
 def calculate(expression:str # Such as `3 * (4 + 5)`
              )->int|float:
     "The value of an arithmetic expression; a `BantamError` where there is none."
-    if len(expression) > LENGTH: raise BantamError(f"an expression has at most {LENGTH} characters, this one {len(expression)}")
+    if len(expression) > LENGTH:
+        raise BantamError(f"an expression has at most {LENGTH} characters, "
+                          f"this one {len(expression)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # Python warns of `1(2)`, which is refused below
         try: tree = ast.parse(expression.strip(), mode="eval")

@@ -58,7 +58,8 @@ class BantamChat:
                  on_drop:Callable|None=None, # Called with the messages that are dropped
                  max_tool_iterations:int=5, # How often the model may call before it must answer
                  show_thinking:bool=False, # Are THINK spans part of what `stream` yields?
-                 constrain:bool|Callable=False # Hold calls to the schema of the tools? Or by what: (schema, tokenizer) -> a constraint
+                 # Hold calls to the tools' schema? Or by what: (schema, tokenizer) -> it
+                 constrain:bool|Callable=False
                 ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise BantamError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -82,12 +83,15 @@ class BantamChat:
     def from_pretrained(cls,
                         folder, # A model's folder: weights, tokenizer, generation defaults
                         device:str="auto", # Where to run
-                        base=None, # Where `folder` is an adapter: its base model; None takes what the adapter names
+                        # Where `folder` is an adapter: its base; None takes what it names
+                        base=None,
                         **options # Those of `BantamChat`
                        ):
-        "A chat with the model in `folder`, with the model's own defaults; an adapter is merged into its base."
+        """A chat with the model in `folder`, with the model's own defaults; an adapter is merged
+        into its base."""
         adapted = is_adapter(folder)
-        if base is not None and not adapted: raise BantamError(f"{folder} is no adapter, so it has no base")
+        if base is not None and not adapted:
+            raise BantamError(f"{folder} is no adapter, so it has no base")
         model = from_adapter(folder, base) if adapted else BantamForCausalLM.from_pretrained(folder)
         model = model.to(pick_device(device))
         options.setdefault("generation", GenerationArgs.load(folder))
@@ -98,10 +102,12 @@ class BantamChat:
 def _check_tools(self:BantamChat):
     "Try what a call will need."
     if not len(self.tools):
-        raise BantamError("constrain holds the calls of tools to their form, and there are no tools")
+        raise BantamError("constrain holds the calls of tools to their form, "
+                          "and there are no tools")
     if self.constrain: self._call_form(self.generation)
     call = dict(name="x", arguments={}, id="1")
-    self.prompt([dict(role="user", content="x"), dict(role="assistant", content="", tool_calls=[call]),
+    self.prompt([dict(role="user", content="x"),
+                 dict(role="assistant", content="", tool_calls=[call]),
                  dict(role="tool", id="1", content="x")])
 
 # %% ../../nbs/7_chat/72_chat.ipynb #eaab11e6
@@ -161,13 +167,16 @@ def begin(self:BantamChat,
     args = args.replace(max_new_tokens=min(args.max_new_tokens, context-len(ids)))
     seed = None if self.seed is None else self.seed + self.answers
     input_ids,held = torch.tensor([ids], device=self.model.device),{}
-    if self.constrain: held["constraint"] = CallConstraint(partial(self._call_form, args), self.tokenizer)
-    return kept,dropped,self.model.stream(input_ids, args, stop_ids=self.stop_ids, seed=seed, **held)
+    if self.constrain:
+        held["constraint"] = CallConstraint(partial(self._call_form, args), self.tokenizer)
+    return kept,dropped,self.model.stream(input_ids, args, stop_ids=self.stop_ids,
+                                          seed=seed, **held)
 
 @patch
 def _call_form(self:BantamChat, args):
     "A fresh constraint for one call."
-    make = partial(JsonConstraint, free=max(1, args.max_new_tokens//2)) if self.constrain is True else self.constrain
+    make = (partial(JsonConstraint, free=max(1, args.max_new_tokens//2)) if self.constrain is True
+            else self.constrain)
     return make(call_schema(self.tools), self.tokenizer)
 
 # %% ../../nbs/7_chat/72_chat.ipynb #4268d25a
@@ -223,7 +232,8 @@ def _exchange(self:BantamChat, asked, begun, args):
             if not waiting: break
             last = iteration == self.max_tool_iterations
             while waiting:
-                call = BantamError(f"no more calls: the limit is {iteration}") if last else waiting[0]
+                call = (BantamError(f"no more calls: the limit is {iteration}") if last
+                        else waiting[0])
                 exchange.append(self.answer(call, exchange, args))
                 waiting.pop(0)
                 yield Piece("result", answer_text(exchange[-1]))
@@ -282,7 +292,8 @@ def stream(self:BantamChat,
            **settings # Fields of `GenerationArgs` that differ for this answer
           )->Iterator: # of texts
     "The text of the answer as it comes."
-    shown,pieces = ("text", "think") if self.show_thinking else ("text",),self.pieces(text, **settings)
+    shown,pieces = (("text", "think") if self.show_thinking else ("text",),
+                    self.pieces(text, **settings))
     def texts():
         try:
             for p in pieces:

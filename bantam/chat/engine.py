@@ -42,7 +42,8 @@ class Job:
                  rows:list # of `Row`
                 ):
         self.rows,self.loop,self.bell = rows,asyncio.get_running_loop(),asyncio.Event()
-        self.error,self.cancelled,self.born,self.begun,self.rung = None,False,time.monotonic(),None,0.
+        self.error,self.cancelled,self.born,self.begun,self.rung = (None,False,
+                                                                    time.monotonic(),None,0.)
 
     @property
     def ended(self)->bool:
@@ -78,12 +79,17 @@ class Engine:
                  chunk:int=512, # Tokens of prompts that are read between two steps
                  wait_seconds:float=30., # Longest wait for a seat
                  run_seconds:float=300., # Longest time from the first seat to the last word
-                 pace:float=.02 # Seconds between two pieces of an answer; tokens that come faster go out together
+                 # Seconds between two pieces of an answer; tokens that come faster go out together
+                 pace:float=.02
                 ):
         if queue < 0: raise BantamError(f"queue must be 0 or more rows, got {queue}")
-        if wait_seconds <= 0 or run_seconds <= 0 or pace < 0: raise BantamError(f"times must be above 0 seconds, got {wait_seconds}, {run_seconds} and a pace of {pace}")
-        self.batch,self.limit,self.wait_seconds,self.run_seconds,self.pace = Batch(model, seats, chunk),queue,wait_seconds,run_seconds,pace
-        self.lock,self.waiting,self.jobs,self.closing = threading.Condition(),deque(),{},False # row -> its job
+        if wait_seconds <= 0 or run_seconds <= 0 or pace < 0:
+            raise BantamError(f"times must be above 0 seconds, got {wait_seconds}, "
+                              f"{run_seconds} and a pace of {pace}")
+        self.batch,self.limit,self.wait_seconds,self.run_seconds,self.pace = Batch(
+            model, seats, chunk),queue,wait_seconds,run_seconds,pace
+        # row -> its job
+        self.lock,self.waiting,self.jobs,self.closing = threading.Condition(),deque(),{},False
         self.counts = Counter(served=0, refused=0, cancelled=0, failed=0) # jobs
         self.thread = threading.Thread(target=self.work, name="bantam-model", daemon=True)
         self.thread.start()
@@ -103,7 +109,9 @@ def submit(self:Engine,
         if self.closing: raise Unavailable("the server is stopping; ask again when it is back")
         if len(self.jobs) + len(rows) > self.batch.seats + self.limit:
             self.counts["refused"] += 1
-            raise Busy(f"{len(self.jobs)} answers are being written or wait, and there is room for {self.batch.seats + self.limit}; try again in a moment")
+            raise Busy(f"{len(self.jobs)} answers are being written or wait, "
+                       f"and there is room for {self.batch.seats + self.limit}; "
+                       "try again in a moment")
         job = Job(rows)
         self.waiting.extend(rows)
         self.jobs.update(dict.fromkeys(rows, job))
@@ -132,7 +140,9 @@ def close(self:Engine,
 @patch
 def health(self:Engine)->dict:
     "How many rows are seated and wait, and what became of the jobs so far."
-    with self.lock: return dict(seats=self.batch.seats, running=len(self.jobs) - len(self.waiting), waiting=len(self.waiting), **self.counts)
+    with self.lock:
+        return dict(seats=self.batch.seats, running=len(self.jobs) - len(self.waiting),
+                    waiting=len(self.waiting), **self.counts)
 
 # %% ../../nbs/7_chat/74a_engine.ipynb #843238e3
 @patch
@@ -156,9 +166,11 @@ def sort_out(self:Engine)->list: # Jobs that were sent away
         if job.cancelled: self.drop(job); continue
         if self.closing: why = Unavailable("the server is stopping; ask again when it is back")
         elif job.begun is None and now - job.born > self.wait_seconds:
-            why = Unavailable(f"no seat came free in {self.wait_seconds:g} seconds; try again later")
+            why = Unavailable(f"no seat came free in {self.wait_seconds:g} seconds; "
+                              "try again later")
         elif job.begun is not None and now - job.begun > self.run_seconds:
-            why = TooSlow(f"the answer took more than {self.run_seconds:g} seconds; ask for fewer tokens")
+            why = TooSlow(f"the answer took more than {self.run_seconds:g} seconds; "
+                          "ask for fewer tokens")
         else: continue
         self.drop(job, why)
         gone.append(job)

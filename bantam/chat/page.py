@@ -237,11 +237,15 @@ connect();
 SCRIPT = JS_TEXT + JS_EVENTS + JS_TALK + JS_PAGE
 
 # %% ../../nbs/7_chat/74d_page.ipynb #77cf419c
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+          "connect-src 'self'; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "x-frame-options": "DENY",
-           "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin", "cross-origin-opener-policy": "same-origin"}
-FILES = {"/": (HTML, "text/html"), "/page.css": (CSS, "text/css"), "/page.js": (SCRIPT, "text/javascript"), "/page.svg": (ICON, "image/svg+xml")}
+HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff",
+           "x-frame-options": "DENY",
+           "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin",
+           "cross-origin-opener-policy": "same-origin"}
+FILES = {"/": (HTML, "text/html"), "/page.css": (CSS, "text/css"),
+         "/page.js": (SCRIPT, "text/javascript"), "/page.svg": (ICON, "image/svg+xml")}
 
 def etag(text:str # Of a file
         )->str: # In quotes, as HTTP wants it

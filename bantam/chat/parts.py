@@ -54,7 +54,8 @@ def part_html(kind:str, # One of `NAMES`
     if kind in ("call", "result", "trace"):
         title = NAMES[kind] if kind == "trace" else title_of(kind, text)
         inner = f"<details><summary>{safe(title)}</summary>{inner}</details>"
-    return f'<div class="bantam-part bantam-{kind}" role="group" aria-label="{NAMES[kind]}">{inner}</div>'
+    return (f'<div class="bantam-part bantam-{kind}" role="group" '
+            f'aria-label="{NAMES[kind]}">{inner}</div>')
 
 # %% ../../nbs/7_chat/72b_parts.ipynb #6326f639
 STYLE = """<style>

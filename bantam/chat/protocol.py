@@ -33,9 +33,11 @@ def error_body(e:Exception # With `status` and what else is known
               )->tuple: # Status and JSON body
     "An error as clients expect it."
     status = getattr(e, "status", 400)
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    kind = ("server_error" if status >= 500 else "rate_limit_error" if status == 429
+            else "invalid_request_error")
     code = getattr(e, "code", None) or getattr(e, "kind", None)
-    return status,dict(error=dict(message=str(e), type=kind, param=getattr(e, "param", None), code=code))
+    return (status,
+            dict(error=dict(message=str(e), type=kind, param=getattr(e, "param", None), code=code)))
 
 # %% ../../nbs/7_chat/74b_protocol.ipynb #75e0c193
 MAX_DEPTH = 32 # Of lists and objects; a schema of a tool needs about ten
@@ -46,7 +48,8 @@ def sound(value, # From JSON
     "Refuse what is nested too deep, and texts that are none."
     if isinstance(value, str):
         try: value.encode()
-        except UnicodeEncodeError as e: raise Refused(f"a text holds half a character (U+{ord(value[e.start]):04X})") from None
+        except UnicodeEncodeError as e:
+            raise Refused(f"a text holds half a character (U+{ord(value[e.start]):04X})") from None
     if not isinstance(value, (list, dict)): return
     if not depth: raise Refused(f"lists and objects may be nested {MAX_DEPTH} deep")
     for v in value: sound(v, depth - 1)
@@ -57,9 +60,11 @@ def parse(body:bytes # Of a request
          )->dict:
     "The JSON object of a request."
     try: value = read_json_strictly(body.decode())
-    except UnicodeDecodeError as e: raise Refused(f"the body is not UTF-8: byte {e.start}") from None
+    except UnicodeDecodeError as e:
+        raise Refused(f"the body is not UTF-8: byte {e.start}") from None
     except BantamError as e: raise Refused(str(e)) from None
-    if not isinstance(value, dict): raise Refused(f"the body must be a JSON object, got {type(value).__name__}")
+    if not isinstance(value, dict):
+        raise Refused(f"the body must be a JSON object, got {type(value).__name__}")
     sound(value)
     return value
 
@@ -160,34 +165,45 @@ class ChatRequest(Asking):
     response_format:ResponseFormat|None = None
 
 # %% ../../nbs/7_chat/74b_protocol.ipynb #80a20a4c
-NEUTRAL = dict(frequency_penalty=(0,), presence_penalty=(0,), logit_bias=({},), logprobs=(False,), top_logprobs=(0,), best_of=(1,), suffix=("",),
-               parallel_tool_calls=(True,), service_tier=("auto", "default"), store=(False,), modalities=(["text"],), audio=(), functions=(), function_call=(),
-               metadata=({},), prediction=(), reasoning_effort=(), safety_identifier=(), prompt_cache_key=(), prompt_cache_retention=(), verbosity=(),
+NEUTRAL = dict(frequency_penalty=(0,), presence_penalty=(0,), logit_bias=({},), logprobs=(False,),
+               top_logprobs=(0,), best_of=(1,), suffix=("",),
+               parallel_tool_calls=(True,), service_tier=("auto", "default"), store=(False,),
+               modalities=(["text"],), audio=(), functions=(), function_call=(),
+               metadata=({},), prediction=(), reasoning_effort=(), safety_identifier=(),
+               prompt_cache_key=(), prompt_cache_retention=(), verbosity=(),
                web_search_options=(), moderation=())
 
 def supported(fields:dict # Of a request
              )->dict: # Without those that ask for nothing
     "Refuse by name what other servers do and this one does not."
     for k,v in fields.items():
-        if k in NEUTRAL and v is not None and not any(isinstance(v, bool) == isinstance(x, bool) and v == x for x in NEUTRAL[k]):
+        if k in NEUTRAL and v is not None and not any(isinstance(v, bool) == isinstance(x, bool)
+                                                      and v == x for x in NEUTRAL[k]):
             good = f" other than {json_like(NEUTRAL[k][0])}" if NEUTRAL[k] else ""
-            raise Refused(f"{k}: this server supports no {k}{good}; leave it out", param=k, code="unsupported_parameter")
+            raise Refused(f"{k}: this server supports no {k}{good}; leave it out", param=k,
+                          code="unsupported_parameter")
     return {k: v for k,v in fields.items() if k not in NEUTRAL}
 
 def json_like(value # Plain
              )->str:
     "As a client would write it."
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+    return ({True: "true", False: "false"}[value] if isinstance(value, bool)
+            else repr(value).replace("'", '"'))
 
 def wrong(e:ValidationError, # What pydantic found
           kind:type # The schema
          )->Refused:
     "The first mistake, named."
     found = e.errors(include_url=False, include_context=False, include_input=False)
-    first = max([f for f in found if f["loc"][:2] == found[0]["loc"][:2]], key=lambda f: len(f["loc"])) # of a union, who came furthest
-    path = [p for p in first["loc"] if isinstance(p, int) or p.replace("_", "").isalpha() and p not in ("str", "bool", "int", "float")]
+    # of a union, who came furthest
+    first = max([f for f in found if f["loc"][:2] == found[0]["loc"][:2]],
+                key=lambda f: len(f["loc"]))
+    path = [p for p in first["loc"] if isinstance(p, int) or p.replace("_", "").isalpha()
+            and p not in ("str", "bool", "int", "float")]
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")[:200]
-    if first["type"] == "extra_forbidden": text = f"unknown field '{where}'{nearest(str(path[-1]), list(kind.model_fields)) if len(path) == 1 else ''}"
+    if first["type"] == "extra_forbidden":
+        meant = nearest(str(path[-1]), list(kind.model_fields)) if len(path) == 1 else ""
+        text = f"unknown field '{where}'{meant}"
     elif first["type"] == "missing": text = f"the field '{where}' is missing"
     else: text = f"{where}: {first['msg']}"
     return Refused(text, param=where or None)
@@ -202,18 +218,24 @@ def understood(fields:dict, # Of a request
     def need(good, text, param):
         if not good: raise Refused(f"{param}: {text}", param=param)
     stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
-    need(len(stops) <= 16 and all(0 < len(s) <= 200 for s in stops), "at most 16 texts of 1 to 200 characters", "stop")
-    need(ask.temperature in (None, 0) or ask.temperature >= .01, "0, or at least 0.01", "temperature")
+    need(len(stops) <= 16 and all(0 < len(s) <= 200 for s in stops),
+         "at most 16 texts of 1 to 200 characters", "stop")
+    need(ask.temperature in (None, 0) or ask.temperature >= .01, "0, or at least 0.01",
+         "temperature")
     need(ask.stream or ask.stream_options is None, "only with stream", "stream_options")
     if kind is CompletionRequest:
         prompts = [ask.prompt] if isinstance(ask.prompt, str) else ask.prompt
-        need(1 <= len(prompts)*(ask.n or 1) <= MAX_CHOICES, f"1 to {MAX_CHOICES} answers in all, prompts times n", "prompt")
+        need(1 <= len(prompts)*(ask.n or 1) <= MAX_CHOICES,
+             f"1 to {MAX_CHOICES} answers in all, prompts times n", "prompt")
     if kind is ChatRequest:
-        need(None in (ask.max_tokens, ask.max_completion_tokens), "give it or max_completion_tokens, not both", "max_tokens")
+        need(None in (ask.max_tokens, ask.max_completion_tokens),
+             "give it or max_completion_tokens, not both", "max_tokens")
         need(ask.tools or ask.tool_choice in (None, "none"), "there are no tools", "tool_choice")
         form = ask.response_format
-        need(form is None or (form.json_schema is not None) == (form.type == "json_schema"), "json_schema belongs to type json_schema", "response_format")
-        need(form is None or form.type == "text" or not ask.tools, "cannot be combined with tools", "response_format")
+        need(form is None or (form.json_schema is not None) == (form.type == "json_schema"),
+             "json_schema belongs to type json_schema", "response_format")
+        need(form is None or form.type == "text" or not ask.tools, "cannot be combined with tools",
+             "response_format")
     return ask
 
 # %% ../../nbs/7_chat/74b_protocol.ipynb #ded59557
@@ -222,17 +244,23 @@ def ours(m:Message, # As it came
         )->dict: # Unchecked
     "A message in this library's words."
     parts = m.content if isinstance(m.content, list) else None
-    out = dict(role="system" if m.role == "developer" else m.role, content="".join(p.text for p in parts) if parts is not None else m.content)
+    out = dict(role="system" if m.role == "developer" else m.role,
+               content="".join(p.text for p in parts) if parts is not None else m.content)
     if m.reasoning_content: out["thinking"] = m.reasoning_content
-    if m.role == "tool" and m.content is None: raise Refused(f"messages[{n}]: a tool's answer needs content", param="messages")
+    if m.role == "tool" and m.content is None:
+        raise Refused(f"messages[{n}]: a tool's answer needs content", param="messages")
     if m.tool_call_id is not None: out["id"] = m.tool_call_id
-    if m.tool_calls: out["tool_calls"] = [dict(name=c.function.name, arguments=_arguments(c, n), id=c.id) for c in m.tool_calls]
+    if m.tool_calls:
+        out["tool_calls"] = [dict(name=c.function.name, arguments=_arguments(c, n), id=c.id)
+                             for c in m.tool_calls]
     return out
 
 def _arguments(call, n):
     "The arguments of a call, which are JSON in a text."
     try: value = read_json_strictly(call.function.arguments)
-    except BantamError as e: raise Refused(f"messages[{n}]: the arguments of {call.function.name!r:.60} are {e}", param="messages") from None
+    except BantamError as e:
+        raise Refused(f"messages[{n}]: the arguments of {call.function.name!r:.60} are {e}",
+                      param="messages") from None
     sound(value)
     return value
 
@@ -240,7 +268,9 @@ def offered(ask:ChatRequest # What was asked
            )->list: # of `Tool`s that cannot be run here
     "The tools that the model may call."
     if not ask.tools or ask.tool_choice == "none": return []
-    try: tools = [Tool(t.function.name, t.function.description or "", t.function.parameters or dict(type="object", properties={}), print) for t in ask.tools]
+    try:
+        tools = [Tool(t.function.name, t.function.description or "", t.function.parameters
+                      or dict(type="object", properties={}), print) for t in ask.tools]
     except BantamError as e: raise Refused(str(e), param="tools") from None
     names = [t.name for t in tools]
     if len(names) > len(set(names)): raise Refused("two tools have one name", param="tools")

@@ -18,7 +18,8 @@ MAX_CODE = 8000 # Characters of a program
 def printed(code:str # A program
            )->str: # The same program, which now prints its last expression
     "What a shell would run; the value itself is always None."
-    if len(code) > MAX_CODE: raise BantamError(f"a program has at most {MAX_CODE} characters, this one {len(code)}")
+    if len(code) > MAX_CODE:
+        raise BantamError(f"a program has at most {MAX_CODE} characters, this one {len(code)}")
     try:
         body = ast.parse(code).body
         if body and isinstance(body[-1], ast.Expr):
@@ -27,7 +28,8 @@ def printed(code:str # A program
             body += show
         return ast.unparse(ast.Module(body, [])) + "\nNone"
     except SyntaxError as e: raise BantamError(f"SyntaxError: {e.msg} in line {e.lineno}") from None
-    except (ValueError, MemoryError, RecursionError) as e: raise BantamError(f"this program cannot be read: {e}") from None
+    except (ValueError, MemoryError, RecursionError) as e:
+        raise BantamError(f"this program cannot be read: {e}") from None
 
 # %% ../../nbs/7_chat/71_sandbox.ipynb #1460f3f1
 class Sandbox:
@@ -39,7 +41,8 @@ class Sandbox:
                 ):
         if find_spec("pydantic_monty") is None:
             raise BantamError("the sandbox needs pydantic-monty, which is not installed; "
-                              "install it with pip install 'bantam-lm[tools]', or leave the tool python out")
+                              "install it with pip install 'bantam-lm[tools]', "
+                              "or leave the tool python out")
         for name,x in (("seconds", seconds), ("memory_mb", memory_mb), ("max_output", max_output)):
             if not x > 0: raise BantamError(f"{name} must be above 0, got {x}")
         self.seconds,self.memory_mb,self.max_output = seconds,memory_mb,max_output
@@ -64,7 +67,8 @@ class Sandbox:
                     session.feed_run(code, print_callback=output)
         except MontyError as e: raise BantamError(self.why(e, output.output)) from None
         if len(text := output.output) > self.max_output:
-            raise BantamError(f"the output has {len(text)} characters; at most {self.max_output} are allowed")
+            raise BantamError(f"the output has {len(text)} characters; "
+                              f"at most {self.max_output} are allowed")
         return text or "(no output)"
 
     def why(self,
@@ -84,6 +88,7 @@ def python_tool(**limits # Those of `Sandbox`
     @tool
     def python(code:str # The program; print results, or end with an expression
               )->str:
-        "Run a short Python program. No files, no network, standard library only in part (math, re, json, datetime)."
+        """Run a short Python program. No files, no network, standard library only in part (math,
+        re, json, datetime)."""
         return sandbox.run(code)
     return python

@@ -18,26 +18,33 @@ from ..core import BantamError
 
 # %% ../../nbs/7_chat/70b_search.ipynb #c608d841
 class _Stay(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl): return None # becomes an HTTPError
+    def redirect_request(self, req, fp, code, msg, headers, newurl): # becomes an HTTPError
+        return None
 
 def fetch(url:str, # Where
           seconds:float=10., # How long it may take in all
           max_bytes:int=1_000_000 # How much may come
          )->bytes:
     "What stands at an address; a `BantamError` says why not."
-    if urlsplit(url).scheme not in ("http", "https"): raise BantamError(f"only http and https are fetched, not {url!r:.80}")
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise BantamError(f"only http and https are fetched, not {url!r:.80}")
     opener,end,data = urllib.request.build_opener(_Stay),time.monotonic() + seconds,b""
-    request = urllib.request.Request(url, headers={"User-Agent": "bantam", "Accept": "application/json"})
+    request = urllib.request.Request(url, headers={"User-Agent": "bantam",
+                                                   "Accept": "application/json"})
     try:
         with opener.open(request, timeout=seconds) as answer:
             while piece := answer.read1(65536):
                 data += piece
-                if len(data) > max_bytes: raise BantamError(f"{urlsplit(url).netloc} sent more than {max_bytes} bytes")
+                if len(data) > max_bytes:
+                    raise BantamError(f"{urlsplit(url).netloc} sent more than {max_bytes} bytes")
                 if time.monotonic() > end: raise TimeoutError
-    except TimeoutError: raise BantamError(f"{urlsplit(url).netloc} took longer than {seconds:g} s") from None
-    except urllib.error.HTTPError as e: raise BantamError(f"{urlsplit(url).netloc} answered {e.code} {e.reason}") from None
+    except TimeoutError:
+        raise BantamError(f"{urlsplit(url).netloc} took longer than {seconds:g} s") from None
+    except urllib.error.HTTPError as e:
+        raise BantamError(f"{urlsplit(url).netloc} answered {e.code} {e.reason}") from None
     except (OSError, ValueError) as e:
-        raise BantamError(f"cannot reach {urlsplit(url).netloc}: {getattr(e, 'reason', e)}") from None
+        raise BantamError(
+            f"cannot reach {urlsplit(url).netloc}: {getattr(e, 'reason', e)}") from None
     return data
 
 # %% ../../nbs/7_chat/70b_search.ipynb #73d0a97f
@@ -45,12 +52,16 @@ def http_search(url:str, # Of a service that answers `?q=...&format=json`
                 seconds:float=10. # How long it may take
                )->Callable: # (query, count) -> results
     "A backend that asks a search service, such as one's own SearXNG."
-    if urlsplit(url).scheme not in ("http", "https"): raise BantamError(f"a search service has an http address, not {url!r:.80}")
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise BantamError(f"a search service has an http address, not {url!r:.80}")
     def backend(query, count):
-        data = read_json_strictly(fetch(f"{url}?{urlencode(dict(q=query, format='json'))}", seconds).decode("utf-8", "replace"))
+        data = read_json_strictly(fetch(f"{url}?{urlencode(dict(q=query, format='json'))}",
+                                        seconds).decode("utf-8", "replace"))
         found = data.get("results") if isinstance(data, dict) else None
-        if not isinstance(found, list): raise BantamError("the search service did not answer with results")
-        texts = lambda r: {k: str(r.get(v) or "") for k,v in dict(title="title", url="url", snippet="content").items()}
+        if not isinstance(found, list):
+            raise BantamError("the search service did not answer with results")
+        texts = lambda r: {k: str(r.get(v) or "")
+                           for k,v in dict(title="title", url="url", snippet="content").items()}
         return [texts(r) for r in found[:count] if isinstance(r, dict)]
     return backend
 
@@ -79,6 +90,7 @@ def search_tool(backend:Callable, # (query, count) -> dicts with `title`, `url`,
         if not query.strip(): raise BantamError("the query is empty; give it a few words")
         found = backend(query[:400], max(1, min(count, max_results)))
         cut = lambda text: " ".join(str(text or "").split())[:300]
-        rows = [f"{n}. {cut(r['title'])} | {cut(r['url'])}\n{cut(r['snippet'])}" for n,r in enumerate(found, 1)]
+        rows = [f"{n}. {cut(r['title'])} | {cut(r['url'])}\n{cut(r['snippet'])}"
+                for n,r in enumerate(found, 1)]
         return "\n".join(rows) or "no results"
     return search

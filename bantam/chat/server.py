@@ -25,7 +25,8 @@ from starlette.routing import Route
 from .answers import Reply, Served
 from .engine import Engine
 from .page import FILES, HEADERS, etag
-from .protocol import ChatRequest, CompletionRequest, Refused, error_body, parse, understood
+from .protocol import (ChatRequest, CompletionRequest, Refused, error_body, parse,
+                                  understood)
 from ..core import BantamError
 
 # %% ../../nbs/7_chat/74e_server.ipynb #4c21ace9
@@ -40,7 +41,8 @@ def ours(value:str, # The `Host` header
          names:tuple=() # Names that were allowed
         )->bool:
     "Is it a name that no stranger can own?"
-    if not (m := re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", value.lower())): return False
+    if not (m := re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", value.lower())):
+        return False
     if is_loopback(m[1]) or m[1] in names: return True
     if local: return False
     try: return bool(ipaddress.ip_address(m[1].strip("[]")))
@@ -57,24 +59,29 @@ def admit(headers:list, # Pairs of bytes, as ASGI gives them
     given = {k.decode("latin-1").lower(): v.decode("latin-1") for k,v in headers}
     hosts = [v for k,v in headers if k.lower() == b"host"]
     if len(hosts) != 1 or not ours(given["host"], local, names):
-        raise Refused(f"the host {given.get('host', '')!r:.100} is not this server: use localhost or an "
+        raise Refused(f"the host {given.get('host', '')!r:.100} is not this server: "
+                      "use localhost or an "
                       "address, or start it with --allow-host", 403, code="wrong_host")
     origin,site,home = given.get("origin"),given.get("sec-fetch-site"),given["host"].lower()
     if origin is not None and origin.lower() not in (f"http://{home}", f"https://{home}"):
-        raise Refused(f"requests of the origin {origin!r:.100} are not answered", 403, code="wrong_origin")
+        raise Refused(f"requests of the origin {origin!r:.100} are not answered", 403,
+                      code="wrong_origin")
     if not path.startswith("/v1"): return
-    if site not in (None, "same-origin", "none"): raise Refused("requests of other sites are not answered", 403, code="wrong_origin")
+    if site not in (None, "same-origin", "none"):
+        raise Refused("requests of other sites are not answered", 403, code="wrong_origin")
     if token is None: return
     word,_,key = given.get("authorization", "").partition(" ")
     if word.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), token.encode()):
-        raise Refused("this server asks for a token: send 'Authorization: Bearer TOKEN'", 401, code="invalid_api_key")
+        raise Refused("this server asks for a token: send 'Authorization: Bearer TOKEN'", 401,
+                      code="invalid_api_key")
 
 # %% ../../nbs/7_chat/74e_server.ipynb #65a15d0e
 def refusal(e:Exception # A `BantamError`, most of them with a status
            )->Response:
     "An error as an HTTP answer."
     status,body = error_body(e)
-    more = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}.get(status, {})
+    more = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"},
+            503: {"retry-after": "5"}}.get(status, {})
     return JSONResponse(body, status, more)
 
 # %% ../../nbs/7_chat/74e_server.ipynb #90d6eb9c
@@ -96,7 +103,9 @@ class Guard:
         async def dressed(message):
             if message["type"] == "http.response.start":
                 own = {k.lower() for k,_ in message["headers"]}
-                message["headers"] = [*message["headers"], *[(k.encode(), v.encode()) for k,v in HEADERS.items() if k.encode() not in own]]
+                message["headers"] = [*message["headers"],
+                                      *[(k.encode(), v.encode())
+                                        for k,v in HEADERS.items() if k.encode() not in own]]
             await send(message)
         try: admit(scope["headers"], scope["path"], **self.how)
         except Refused as e: return await refusal(e)(scope, receive, dressed)
@@ -109,18 +118,23 @@ async def read_body(request:Request, # Its body has not been read
                    )->bytes:
     "The body, if it is JSON and short enough."
     kind,_,more = request.headers.get("content-type", "").lower().partition(";")
-    if kind.strip() != "application/json" or more.strip().replace('"', "") not in ("", "charset=utf-8"):
+    if kind.strip() != "application/json" or more.strip().replace(
+        '"', "") not in ("", "charset=utf-8"):
         raise Refused("the content-type must be application/json", 415)
-    if request.headers.get("content-encoding", "identity") != "identity": raise Refused("compressed bodies are not read", 415)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refused("compressed bodies are not read", 415)
     large = Refused(f"the body may have {most} bytes", 413)
-    if (length := request.headers.get("content-length", "0")).isdecimal() and int(length[:20]) > most: raise large
+    if ((length := request.headers.get("content-length", "0")).isdecimal()
+        and int(length[:20]) > most):
+        raise large
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > most: raise large
-    except TimeoutError: raise Refused(f"the body did not come in {seconds:g} seconds", 408) from None
+    except TimeoutError:
+        raise Refused(f"the body did not come in {seconds:g} seconds", 408) from None
     return bytes(body)
 
 # %% ../../nbs/7_chat/74e_server.ipynb #1ad1fac4
@@ -144,7 +158,8 @@ class Stream(StreamingResponse):
                  events, # An asynchronous iterator of bytes
                  done # A function without arguments
                 ):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        super().__init__(events, media_type="text/event-stream",
+                         headers={"cache-control": "no-store"})
         self.done = done
 
     async def __call__(self,
@@ -159,7 +174,9 @@ class Stream(StreamingResponse):
 def event(value # What JSON can hold, or a text
          )->bytes:
     "One server-sent event."
-    return f"data: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False,
+                                                           separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
 
 # %% ../../nbs/7_chat/74e_server.ipynb #88f74d38
 class Face:
@@ -177,7 +194,8 @@ class Face:
                    )->Response:
         "`/v1/chat/completions` and `/v1/completions`."
         body = await read_body(request, self.max_body)
-        reply = await asyncio.to_thread(lambda: Reply(self.served, understood(parse(body), kind))) # a long text takes a while to become ids
+        # a long text takes a while to become ids
+        reply = await asyncio.to_thread(lambda: Reply(self.served, understood(parse(body), kind)))
         job = self.engine.submit(reply.rows)
         leave = lambda: None if job.ended else self.engine.cancel(job)
         try:
@@ -218,7 +236,9 @@ async def models(self:Face,
     "`/v1/models` and `/v1/models/NAME`."
     name = request.path_params.get("name")
     if name is None: return JSONResponse(dict(object="list", data=[self.card()]))
-    if name != self.served.name: raise Refused(f"there is no model {name!r:.100} here; there is {self.served.name!r}", 404, "model", "model_not_found")
+    if name != self.served.name:
+        raise Refused(f"there is no model {name!r:.100} here; there is {self.served.name!r}", 404,
+                      "model", "model_not_found")
     return JSONResponse(self.card())
 
 @patch
@@ -226,7 +246,8 @@ async def health(self:Face,
                  request:Request # What came
                 )->Response:
     "`/health`: for those who watch over servers."
-    return JSONResponse(dict(status="stopping" if self.engine.closing else "ok", **self.engine.health()), 503 if self.engine.closing else 200)
+    return JSONResponse(dict(status="stopping" if self.engine.closing else "ok",
+                             **self.engine.health()), 503 if self.engine.closing else 200)
 
 @patch
 async def page(self:Face,
@@ -235,7 +256,8 @@ async def page(self:Face,
     "The chat page and what it loads; a browser that has it is told so."
     text,kind = FILES[request.url.path]
     headers = {"etag": etag(text), "cache-control": "no-cache"}
-    if request.headers.get("if-none-match") == headers["etag"]: return Response(status_code=304, headers=headers)
+    if request.headers.get("if-none-match") == headers["etag"]:
+        return Response(status_code=304, headers=headers)
     return Response(text, media_type=kind, headers=headers)
 
 # %% ../../nbs/7_chat/74e_server.ipynb #bbc87393
@@ -245,8 +267,11 @@ async def told(request:Request, # What came
     "Any error, in the clients' form."
     if isinstance(e, ClientDisconnect): return Response(status_code=499) # nobody reads it
     if isinstance(e, BantamError): return refusal(e)
-    if not isinstance(e, HTTPException): return refusal(Refused("the server made a mistake; its log says more", 500))
-    text = f"there is nothing at {request.url.path[:100]}" if e.status_code == 404 else f"{request.method[:20]} is not possible here" if e.status_code == 405 else str(e.detail)
+    if not isinstance(e, HTTPException):
+        return refusal(Refused("the server made a mistake; its log says more", 500))
+    text = (f"there is nothing at {request.url.path[:100]}" if e.status_code == 404
+            else f"{request.method[:20]} is not possible here" if e.status_code == 405
+            else str(e.detail))
     answer = refusal(Refused(text, e.status_code))
     answer.headers.update(e.headers or {})
     return answer
@@ -255,8 +280,11 @@ def check_token(token:str|None, # What clients must know, or None
                 local:bool # Is the server bound to a loopback address?
                )->None:
     "Refuse to open a door without a lock."
-    if not local and not token: raise BantamError("a server that other machines can reach needs a token: set BANTAM_TOKEN, or give --token")
-    if token is not None and not re.fullmatch(r"[!-~]+", token): raise BantamError("a token is one word of visible ASCII characters")
+    if not local and not token:
+        raise BantamError("a server that other machines can reach needs a token: set BANTAM_TOKEN, "
+                          "or give --token")
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise BantamError("a token is one word of visible ASCII characters")
 
 def make_app(served:Served, # What is served
              engine:Engine, # Who writes; it is closed with the application
@@ -268,8 +296,11 @@ def make_app(served:Served, # What is served
     "The server, for uvicorn or a test."
     check_token(token, local)
     face = Face(served, engine, max_body)
-    routes = [Route(p, face.page) for p in FILES] + [Route("/health", face.health), Route("/v1/models", face.models), Route("/v1/models/{name:path}", face.models)]
-    routes += [Route("/v1/chat/completions", partial(face.write, ChatRequest), methods=["POST"]), Route("/v1/completions", partial(face.write, CompletionRequest), methods=["POST"])]
+    routes = [Route(p, face.page) for p in FILES] + [Route("/health", face.health),
+                                                     Route("/v1/models", face.models),
+                                                     Route("/v1/models/{name:path}", face.models)]
+    routes += [Route("/v1/chat/completions", partial(face.write, ChatRequest), methods=["POST"]),
+               Route("/v1/completions", partial(face.write, CompletionRequest), methods=["POST"])]
     handlers = {HTTPException: told, BantamError: told, ClientDisconnect: told, Exception: told}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
@@ -284,8 +315,11 @@ def listen(host:str, # A name or an address
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family, backlog=256)
     except (OSError, OverflowError, UnicodeError) as e:
-        raise BantamError(f"cannot listen at {host} port {port}: {getattr(e, 'strerror', None) or e}; choose another --port or --host") from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # connections inherit it; without, a small piece waits for the last one's receipt
+        raise BantamError(f"cannot listen at {host} port {port}: "
+                          f"{getattr(e, 'strerror', None) or e}; "
+                          "choose another --port or --host") from None
+    # connections inherit it; without, a small piece waits for the last one's receipt
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
 def run(app, # From `make_app`
@@ -298,8 +332,10 @@ def run(app, # From `make_app`
         def handle_exit(self, sig, frame):
             engine.close(0) # readers are told; their connections end by themselves
             super().handle_exit(sig, frame)
-    most = engine.batch.seats + engine.limit + 64 # connections; beyond them uvicorn answers 503 itself
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off", limit_concurrency=most, timeout_graceful_shutdown=5)
+    # connections; beyond them uvicorn answers 503 itself
+    most = engine.batch.seats + engine.limit + 64
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+                            lifespan="off", limit_concurrency=most, timeout_graceful_shutdown=5)
     try: Server(config).run(sockets=[sock])
     except KeyboardInterrupt: pass # uvicorn has ended in order, and repeats the signal
     finally: engine.close()

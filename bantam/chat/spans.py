@@ -27,8 +27,10 @@ class AnswerReader:
                  tokenizer # Says what the ids mean
                 ):
         self.tokenizer,self.kind,self.speech = tokenizer,"text",Speech(tokenizer)
-        ids = {(k, end): tokenizer.id_of(f"<|{n}_{end}|>") for n,k in SPANS.items() for end in ("START", "END")}
-        self.opens = {ids[k, "START"]: k for k in SPANS.values() if None not in (ids[k, "START"], ids[k, "END"])}
+        ids = {(k, end): tokenizer.id_of(f"<|{n}_{end}|>") for n,k in SPANS.items()
+               for end in ("START", "END")}
+        self.opens = {ids[k, "START"]: k for k in SPANS.values()
+                      if None not in (ids[k, "START"], ids[k, "END"])}
         self.closes = {ids[k, "END"]: k for k in self.opens.values()}
         self.text,self.thinking,self.calls,self.stray,self._call = "","",[],0,""
 

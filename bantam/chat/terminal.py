@@ -16,7 +16,8 @@ from .chat import BantamChat
 from ..core import BantamError, nearest
 
 # %% ../../nbs/7_chat/72a_terminal.ipynb #b763ed2b
-_control = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_control = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 def harmless(text:str # From a model, a tool or a user
             )->str: # Nothing in it moves the cursor
@@ -48,7 +49,8 @@ def command(self:BantamChat,
 
 # %% ../../nbs/7_chat/72a_terminal.ipynb #b9143eb3
 @slash("/help", "", "show this")
-def _help(chat, rest): return "\n".join(f"{f'{n} {typed}':20}{text}" for n,(_,typed,text) in COMMANDS.items())
+def _help(chat, rest):
+    return "\n".join(f"{f'{n} {typed}':20}{text}" for n,(_,typed,text) in COMMANDS.items())
 
 @slash("/reset", "", "forget the conversation")
 def _reset(chat, rest): chat.reset(); return "forgotten"
@@ -77,13 +79,15 @@ def _think(chat, rest):
     if rest: chat.show_thinking = rest == "on"
     return f"thoughts are {'shown' if chat.show_thinking else 'hidden'}"
 
-@slash("/set", "NAME VALUE", "change how it answers, such as `/set temperature 0.2`; alone, show it")
+@slash("/set", "NAME VALUE", "change how it answers, such as `/set temperature 0.2`; alone, "
+                             "show it")
 def _set(chat, rest):
     import dataclasses
     name,_,value = rest.partition(" ")
     fields = {f.name: f.type for f in dataclasses.fields(chat.generation)}
     if not rest: return "\n".join(f"{k:22}{getattr(chat.generation, k)}" for k in fields)
-    if name not in fields: raise BantamError(f"there is no setting {name!r}{nearest(name, fields)}; /set lists them")
+    if name not in fields:
+        raise BantamError(f"there is no setting {name!r}{nearest(name, fields)}; /set lists them")
     try: number = json.loads(value)
     except ValueError: raise BantamError(f"/set {name} needs a number, got {value!r}") from None
     chat.generation = chat.generation.replace(**{name: number})
@@ -109,7 +113,8 @@ def take_back(self:BantamChat)->str: # What the user had said
 # %% ../../nbs/7_chat/72a_terminal.ipynb #418ae1c6
 def chat_loop(chat:BantamChat, # Who to talk with
               read:Callable, # () -> a line; raises EOFError at the end
-              write:Callable # (text, kind) with kind "answer", "think", "tool", "note" or "error"; adds no newline
+              # (text, kind) with kind "answer", "think", "tool", "note" or "error"; adds no newline
+              write:Callable
              )->None:
     "Talk until `/exit` or the end of input."
     tell = lambda text, kind="note": write(harmless(text) + "\n", kind)
@@ -140,7 +145,8 @@ def speak(chat:BantamChat, # Who answers
             if last not in (None, p.kind): write("\n", kinds[last])
             write(harmless(p.text), kinds[p.kind]); last = p.kind
         write("\n", kinds[last or "text"])
-        if not chat.finished: tell("[cut off: the answer reached its longest length, or called tools too often]")
+        if not chat.finished:
+            tell("[cut off: the answer reached its longest length, or called tools too often]")
     except KeyboardInterrupt:
         pieces.close()
         tell("\n[stopped]")

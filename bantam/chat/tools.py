@@ -33,7 +33,8 @@ def arguments_model(f:Callable # A function with annotated parameters
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) or p.name.startswith("_"):
             raise BantamError(f"{f.__name__}({p}): a tool is called by plain parameter names")
         if p.name not in kinds:
-            raise BantamError(f"{f.__name__}({p.name}) has no annotation, so it has no schema; add one")
+            raise BantamError(f"{f.__name__}({p.name}) has no annotation, so it has no schema; "
+                              "add one")
         default = ... if p.default is p.empty else p.default
         fields[p.name] = kinds[p.name],Field(default, description=notes.get(p.name) or None)
     return create_model(f.__name__, __config__=ConfigDict(extra="forbid"), **fields)
@@ -54,7 +55,8 @@ def references(x # A schema
     "Every `$ref` in it."
     if isinstance(x, list): return set().union(*map(references, x))
     if not isinstance(x, dict): return set()
-    own = {str(v) for k,v in x.items() if k in ("$ref", "$dynamicRef", "$id") and isinstance(v, str)}
+    own = {str(v) for k,v in x.items() if k in ("$ref", "$dynamicRef", "$id")
+           and isinstance(v, str)}
     return own.union(*map(references, x.values()))
 
 # %% ../../nbs/7_chat/70_tools.ipynb #c1afff45
@@ -68,15 +70,19 @@ class Tool:
 
     def __post_init__(self):
         import jsonschema
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][\w-]{0,63}", self.name, re.A):
-            raise BantamError(f"a tool's name is up to 64 letters, digits, _ or -, got {self.name!r:.80}")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][\w-]{0,63}",
+                                                              self.name, re.A):
+            raise BantamError("a tool's name is up to 64 letters, digits, _ or -, "
+                              f"got {self.name!r:.80}")
         if not isinstance(self.parameters, dict) or self.parameters.get("type") != "object":
             raise BantamError(f"tool {self.name}: its parameters must be a schema of type object")
         if away := sorted(r for r in references(self.parameters) if not str(r).startswith("#")):
-            raise BantamError(f"tool {self.name}: the reference {away[0]!r} leads out of its schema")
+            raise BantamError(f"tool {self.name}: the reference {away[0]!r} leads out of its "
+                              "schema")
         try: jsonschema.Draft202012Validator.check_schema(self.parameters)
         except jsonschema.SchemaError as e:
-            raise BantamError(f"tool {self.name}: its parameters are no JSON Schema: {e.message}") from None
+            raise BantamError(f"tool {self.name}: its parameters are no JSON Schema: "
+                              f"{e.message}") from None
 
     @cached_property
     def validator(self): # Made once; its registry is empty, so it never looks anywhere else
@@ -89,7 +95,8 @@ class Tool:
               arguments # What a call gives
              )->None:
         "Raise a `BantamError` that names the first wrong argument."
-        if wrong := min(self.validator.iter_errors(arguments), key=lambda e: list(map(str, e.path)), default=None):
+        if wrong := min(self.validator.iter_errors(arguments), key=lambda e: list(map(str, e.path)),
+                        default=None):
             where = "".join(f"[{p!r}]" for p in wrong.path)
             raise BantamError(f"{self.name}: arguments{where}: {wrong.message:.300}")
 
@@ -98,14 +105,16 @@ def tool(f:Callable # A function with annotated parameters and a docstring
         )->Tool:
     "Make a tool of a function; its docstring is the description."
     model,about = arguments_model(f),(f.__doc__ or "").strip()
-    if not about: raise BantamError(f"{f.__name__} has no docstring; a model needs to know what it is for")
+    if not about:
+        raise BantamError(f"{f.__name__} has no docstring; a model needs to know what it is for")
     def run(**arguments):
         made = model(**arguments)
         return f(**{k: getattr(made, k) for k in model.model_fields})
     return Tool(f.__name__, about, schema_of(model), run)
 
 # %% ../../nbs/7_chat/70_tools.ipynb #b9a8f235
-MAX_CALL = 8000 # Characters of a call; arguments are short, and a model that goes round in circles is not
+# Characters of a call; arguments are short, and a model that goes round in circles is not
+MAX_CALL = 8000
 
 def read_json_strictly(text:str # From a model
                       ):
@@ -115,17 +124,21 @@ def read_json_strictly(text:str # From a model
         return dict(items)
     def word(name): raise BantamError(f"{name} is not JSON")
     def number(text):
-        if not (value := float(text)) - value == 0: raise BantamError(f"the number {text} is too large")
+        if not (value := float(text)) - value == 0:
+            raise BantamError(f"the number {text} is too large")
         return value
     try: return json.loads(text, object_pairs_hook=pairs, parse_constant=word, parse_float=number)
-    except json.JSONDecodeError as e: raise BantamError(f"not JSON: {e.msg} at character {e.pos}") from None
+    except json.JSONDecodeError as e:
+        raise BantamError(f"not JSON: {e.msg} at character {e.pos}") from None
     except BantamError: raise
-    except (ValueError, RecursionError) as e: raise BantamError(f"not JSON that can be used: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise BantamError(f"not JSON that can be used: {e}") from None
 
 def parse_call(text:str # What stands between TOOL_CALL_START and TOOL_CALL_END
               )->dict: # `name`, `arguments` and `id`
     "The call that a model wrote, or a `BantamError` that says what is wrong with it."
-    if len(text) > MAX_CALL: raise BantamError(f"a call has at most {MAX_CALL} characters, this one {len(text)}")
+    if len(text) > MAX_CALL:
+        raise BantamError(f"a call has at most {MAX_CALL} characters, this one {len(text)}")
     return check_call(read_json_strictly(text))
 
 # %% ../../nbs/7_chat/70_tools.ipynb #d7745d43
@@ -194,7 +207,8 @@ def call_schema(tools:Iterable # Of `Tool`s, at least one
     def one(t):
         arguments = {k: v for k,v in t.parameters.items() if k != "$defs"}
         fields = {"name": {"const": t.name}, "arguments": arguments, "id": ID_SCHEMA}
-        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        return {"type": "object", "properties": fields, "required": list(fields),
+                "additionalProperties": False}
     tools = list(tools)
     if not tools: raise BantamError("there are no tools, so there is no schema of a call")
     schema = {"anyOf": [one(t) for t in tools]} if len(tools) > 1 else one(tools[0])

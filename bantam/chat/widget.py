@@ -50,16 +50,22 @@ def _make(self:ChatCell, height):
     import ipywidgets as w
     self.layout = w.Layout(margin="0", width="auto", flex="0 0 auto")
     self.log = w.VBox(layout=w.Layout(flex="0 0 auto"))
-    scroll = w.Box([self.log], layout=w.Layout(display="flex", flex_flow="column-reverse", max_height=height, overflow="hidden auto"))
+    scroll = w.Box([self.log], layout=w.Layout(display="flex", flex_flow="column-reverse",
+                                               max_height=height, overflow="hidden auto"))
     scroll.add_class("bantam-log")
     self.status = w.HTML(layout=w.Layout(margin="2px 0"))
-    self.entry = w.Text(description="Message", placeholder="Enter sends it", style=dict(description_width="initial"), continuous_update=False, layout=w.Layout(flex="1 1 12em", width="auto"))
-    button = lambda word, tip, **how: w.Button(description=word, tooltip=tip, layout=w.Layout(width="5.5em"), **how)
+    self.entry = w.Text(description="Message", placeholder="Enter sends it",
+                        style=dict(description_width="initial"), continuous_update=False,
+                        layout=w.Layout(flex="1 1 12em", width="auto"))
+    button = lambda word, tip, **how: w.Button(description=word, tooltip=tip,
+                                               layout=w.Layout(width="5.5em"), **how)
     self.send_button = button("Send", "Send the message", button_style="primary")
     self.stop_button = button("Stop", "Stop the answer; what was said stays", disabled=True)
     self.reset_button = button("Reset", "Forget the conversation; the system prompt stays")
-    self.row = w.HBox([self.entry, self.send_button, self.stop_button, self.reset_button], layout=w.Layout(flex_flow="row wrap"))
-    self.box = w.VBox([w.HTML(STYLE, layout=w.Layout(display="none")), scroll, self.status, self.row, self.fold])
+    self.row = w.HBox([self.entry, self.send_button, self.stop_button, self.reset_button],
+                      layout=w.Layout(flex_flow="row wrap"))
+    self.box = w.VBox([w.HTML(STYLE, layout=w.Layout(display="none")), scroll, self.status,
+                       self.row, self.fold])
     self.box.add_class("bantam-chat")
 
 # %% ../../nbs/7_chat/73_widget.ipynb #9538aaed
@@ -67,24 +73,33 @@ def _make(self:ChatCell, height):
 def _settings(self:ChatCell):
     "What can be changed, set to what the chat does now."
     import ipywidgets as w
-    g,context,style = self.chat.generation,self.chat.model.config.max_position_embeddings,dict(description_width="9em")
-    number = lambda kind, value, **how: kind(value, style=style, layout=w.Layout(width="15em"), **how)
-    self.temperature = number(w.BoundedFloatText, g.temperature, min=0, max=max(5, g.temperature), step=.1, description="Temperature")
-    self.top_p = number(w.BoundedFloatText, g.top_p, min=min(.01, g.top_p), max=1, step=.05, description="Top p")
-    self.max_new_tokens = number(w.BoundedIntText, min(g.max_new_tokens, context), min=1, max=context, description="Longest answer")
+    g,context,style = (self.chat.generation,self.chat.model.config.max_position_embeddings,
+                       dict(description_width="9em"))
+    number = lambda kind, value, **how: kind(value, style=style,
+                                             layout=w.Layout(width="15em"), **how)
+    self.temperature = number(w.BoundedFloatText, g.temperature, min=0, max=max(5, g.temperature),
+                              step=.1, description="Temperature")
+    self.top_p = number(w.BoundedFloatText, g.top_p, min=min(.01, g.top_p), max=1, step=.05,
+                        description="Top p")
+    self.max_new_tokens = number(w.BoundedIntText, min(g.max_new_tokens, context), min=1,
+                                 max=context, description="Longest answer")
     wide = dict(style=style, layout=w.Layout(width="auto", max_width="45em"))
-    self.system = w.Textarea(self.chat.system or "", description="System prompt", placeholder="none", rows=2, continuous_update=False, **wide)
+    self.system = w.Textarea(self.chat.system or "", description="System prompt",
+                             placeholder="none", rows=2, continuous_update=False, **wide)
     self.think = w.Checkbox(self.chat.show_thinking, description="Show thoughts", **wide)
-    hint = ("Temperature 0 takes the likeliest token; answers are counted in tokens. All but the thoughts act from your next message on, "
+    hint = ("Temperature 0 takes the likeliest token; answers are counted in tokens. "
+            "All but the thoughts act from your next message on, "
             "and the conversation goes on.")
-    page = w.VBox([self.temperature, self.top_p, self.max_new_tokens, self.system, self.think, w.HTML(f'<div class="bantam-status">{hint}</div>')])
+    page = w.VBox([self.temperature, self.top_p, self.max_new_tokens, self.system, self.think,
+                   w.HTML(f'<div class="bantam-status">{hint}</div>')])
     self.fold = w.Accordion([page], titles=("Settings",), selected_index=None)
 
 @patch
 def how(self:ChatCell)->dict: # Fields of `GenerationArgs`
     "The settings that differ from the chat's own."
     names = "temperature","top_p","max_new_tokens"
-    return {k: v for k in names if (v := getattr(self, k).value) != getattr(self.chat.generation, k)}
+    return {k: v for k in names if (v := getattr(self, k).value) != getattr(
+        self.chat.generation, k)}
 
 # %% ../../nbs/7_chat/73_widget.ipynb #a5fd17b1
 @patch
@@ -117,7 +132,8 @@ def tell(self:ChatCell,
          text:str # One line
         )->None:
     "Say it in the status line."
-    self.status.value = f'<div class="bantam-status" role="status">{html.escape(harmless(text))}</div>'
+    self.status.value = ('<div class="bantam-status" '
+                         f'role="status">{html.escape(harmless(text))}</div>')
 
 # %% ../../nbs/7_chat/73_widget.ipynb #f37aece4
 @patch
@@ -154,7 +170,9 @@ def ended(self:ChatCell,
     "The worker has ended; one line says how."
     self.error = error
     for kind,line in failure(error) if error else []: self.add(kind, line)
-    if not error and not self.chat.finished: self.add("note", "stopped" if self.worker.stopping.is_set() else "cut off: the answer reached its longest length, or called tools too often")
+    if not error and not self.chat.finished:
+        self.add("note", "stopped" if self.worker.stopping.is_set()
+                 else "cut off: the answer reached its longest length, or called tools too often")
     self.flush()
     if remembered: self.seen.append(self.turn); return
     self.fade([self.turn])
@@ -169,7 +187,8 @@ def dropped(self:ChatCell,
     n = sum(m["role"] == "user" for m in messages)
     self.fade(self.seen[:n])
     del self.seen[:n]
-    self.add("note", f"the context is full: the oldest {len(messages)} messages are dropped (pale above)")
+    self.add("note", f"the context is full: the oldest {len(messages)} messages are dropped (pale "
+                     "above)")
 
 @patch
 def fade(self:ChatCell,
@@ -188,7 +207,9 @@ def send(self:ChatCell,
     typed = self.entry.value if text is None else text
     if self.closed or not typed.strip(): return
     with self.lock:
-        if self.worker.busy: return self.tell("Still answering: wait for the end, or press Stop. Your message stays in the box.")
+        if self.worker.busy:
+            return self.tell("Still answering: wait for the end, or press Stop. "
+                             "Your message stays in the box.")
         if text is None: self.entry.value = ""
         self.send_button.disabled,self.stop_button.disabled = True,False
         self.tell("reading ...")
@@ -229,7 +250,8 @@ def _rest(self:ChatCell):
     for w in (self.entry, self.reset_button): w.disabled = self.closed
     n,gone = len(self.chat.history),len(self.chat.dropped)
     forgotten = f"; {gone} older ones are forgotten" if gone else ""
-    self.tell("closed: this chat goes on elsewhere" if self.closed else f"the model sees {n} message{'s'*(n != 1)}{forgotten}")
+    self.tell("closed: this chat goes on elsewhere" if self.closed
+              else f"the model sees {n} message{'s'*(n != 1)}{forgotten}")
 
 # %% ../../nbs/7_chat/73_widget.ipynb #f028962c
 @patch
@@ -240,7 +262,8 @@ def _wire(self:ChatCell):
     self.reset_button.on_click(lambda _: self.reset())
     self.think.observe(lambda _: self.arrange(), "value")
     self.entry.observe(lambda _: self._typed(), "value")
-    self.entry.on_msg(lambda _, content, buffers: self._enter() if content.get("event") == "submit" else None)
+    self.entry.on_msg(
+        lambda _, content, buffers: self._enter() if content.get("event") == "submit" else None)
 
 @patch
 def _enter(self:ChatCell):
@@ -292,19 +315,24 @@ def opened(cell:ChatCell, # A new one
     return cell
 
 # %% ../../nbs/7_chat/73_widget.ipynb #5e2efd80
-def chat_cell(model, # A `BantamChat`; a model; or a folder: of a model, a run, a checkpoint, an adapter
+def chat_cell(model, # A `BantamChat`, a model, or a folder: model, run, checkpoint, adapter
               tokenizer=None, # Of the model, where that is not a chat or a folder
               *,
               height:str="26em", # Of the transcript, at most; any CSS length
-              **options # Those of `BantamChat`: system, tools, generation, seed, ...; with a folder, device and base too
+              **options # Of `BantamChat`: system, tools, seed, ...; with a folder device, base
              )->ChatCell: # Shows itself when it is the last line of a cell
     "A chat in a notebook."
     if isinstance(model, BantamChat):
-        if tokenizer is not None or options: raise BantamError(f"a chat has its own {', '.join(['tokenizer', *options])}; give them to BantamChat, or give chat_cell the model")
+        if tokenizer is not None or options:
+            raise BantamError(f"a chat has its own {', '.join(['tokenizer', *options])}; "
+                              "give them to BantamChat, or give chat_cell the model")
         chat = model
     elif isinstance(model, (str, Path)):
-        if tokenizer is not None: raise BantamError("a folder has its own tokenizer; leave that out")
-        chat = BantamChat.from_pretrained(model if is_adapter(model) else weights_folder(model), **options)
-    elif tokenizer is None: raise BantamError("a model needs its tokenizer: chat_cell(model, tokenizer)")
+        if tokenizer is not None:
+            raise BantamError("a folder has its own tokenizer; leave that out")
+        chat = BantamChat.from_pretrained(model if is_adapter(model) else weights_folder(model),
+                                          **options)
+    elif tokenizer is None:
+        raise BantamError("a model needs its tokenizer: chat_cell(model, tokenizer)")
     else: chat = BantamChat(model, tokenizer, **options)
     return opened(ChatCell(chat, height))

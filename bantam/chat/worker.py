@@ -55,7 +55,8 @@ class Worker:
         with self.lock: running,self.busy = self.busy,True
         if running: return False
         self.stopping.clear()
-        self.thread = Thread(target=self._run, args=(text, settings), daemon=True, name="bantam chat")
+        self.thread = Thread(target=self._run, args=(text, settings), daemon=True,
+                             name="bantam chat")
         self.thread.start()
         return True
 
@@ -67,7 +68,8 @@ class Worker:
     def wait(self,
              seconds:float|None=None # Longest wait; None waits for the end
             )->bool: # Has the answer ended?
-        "Wait for the running answer: for scripts and tests, as an event loop that waits is what this room avoids."
+        """Wait for the running answer: for scripts and tests, as an event loop that waits is what
+        this room avoids."""
         if self.thread: self.thread.join(seconds)
         return not self.busy
 

@@ -31,8 +31,10 @@ class Batch(NamedTuple):
     x_BT:Tensor # (B,T) int64, what the model reads
     y_BT:Tensor # (B,T) int64, what it should say next; -100 where nothing is asked
     loss_weights:Tensor|None=None # (B,T) float32, how much each target counts; None is 1 for all
-    document_ids:Tensor|None=None # (B,T) int64, attention stays inside one id; None is one document a row
-    position_ids:Tensor|None=None # (B,T) int64, position inside the document; None counts along the row
+    # (B,T) int64, attention stays inside one id; None is one document a row
+    document_ids:Tensor|None=None
+    # (B,T) int64, position inside the document; None counts along the row
+    position_ids:Tensor|None=None
 
     def model_inputs(self)->dict: # Keyword arguments of `BantamForCausalLM.forward`
         "The batch under the model's names, without what is None."
@@ -46,7 +48,8 @@ class Batch(NamedTuple):
         return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in self))
 
     def pin_memory(self)->"Batch": # The same, in pages that a GPU can read by itself
-        "Copy every tensor into pinned memory, so that the move to a CUDA device need not be waited for."
+        """Copy every tensor into pinned memory, so that the move to a CUDA device need not be
+        waited for."""
         return Batch(*(v if v is None else v.pin_memory() for v in self))
 
     def weight(self)->float: # The denominator of the loss
@@ -63,10 +66,11 @@ def count_to(n:int # How many
     a.flags.writeable = False
     return a
 
-def spans(cuts:np.ndarray, # Rising places in 0..B*T-1 where a document or a row begins; the first is 0
+def spans(cuts:np.ndarray, # Rising places in 0..B*T-1 where a document or row begins; first 0
           shape:tuple[int,int] # (B, T)
          )->tuple[np.ndarray,np.ndarray]: # Document ids and positions, (B,T) int64
-    "Number the spans between cuts, and count inside each. Ids differ between the rows of a batch too."
+    """Number the spans between cuts, and count inside each. Ids differ between the rows of a batch
+    too."""
     total = shape[0]*shape[1]
     lengths = np.empty_like(cuts)
     np.subtract(cuts[1:], cuts[:-1], out=lengths[:-1])
@@ -79,14 +83,18 @@ def spans(cuts:np.ndarray, # Rising places in 0..B*T-1 where a document or a row
 class BlockDataset:
     "Rows of `seq_len` tokens cut from a stream of documents, and their next tokens."
     def __init__(self,
-                 shards:Shards, # Where the tokens are: a shard folder, or the token files of room 24c
+                 # Where the tokens are: a shard folder, or the token files of room 24c
+                 shards:Shards,
                  seq_len:int, # Tokens of a row
-                 document_mask:bool=True, # Give document ids and positions, so that documents do not see each other
-                 stride:int|None=None # Tokens from the start of a row to that of the next; None is `seq_len`, less makes rows overlap
+                 # Give document ids and positions, so that documents do not see each other
+                 document_mask:bool=True,
+                 # Tokens from row start to row start; None is `seq_len`, less overlaps
+                 stride:int|None=None
                 ):
         if seq_len < 2: raise BantamError(f"seq_len is {seq_len}; a row needs at least 2 tokens")
         stride = seq_len if stride is None else stride
-        if not 1 <= stride <= seq_len: raise BantamError(f"stride is {stride}; it must be from 1 to seq_len, {seq_len}")
+        if not 1 <= stride <= seq_len:
+            raise BantamError(f"stride is {stride}; it must be from 1 to seq_len, {seq_len}")
         self.seq_len,self.document_mask,self.stride,self.tables = seq_len,document_mask,stride,[]
         self.starts,self.touched = [s.view(np.ndarray) for s in shards.starts],0
         big = sum(a.nbytes for a in shards.arrays) > BYTES_MAPPED and hasattr(mmap, "MADV_DONTNEED")
@@ -94,11 +102,14 @@ class BlockDataset:
         for a in shards.arrays:
             size,base = a.itemsize,a.view(np.ndarray)
             rows = max(0, (len(a)-1-seq_len)//self.stride + 1)
-            self.tables.append(as_strided(base, (rows, seq_len+1), (self.stride*size, size), writeable=False))
+            self.tables.append(as_strided(base, (rows, seq_len+1), (self.stride*size, size),
+                                          writeable=False))
         self.first = np.cumsum([0] + [len(t) for t in self.tables])
         overlap = [] if self.stride == seq_len else [self.stride]
         self.tokens,self.fingerprint = shards.tokens,digest([shards.fingerprint, seq_len, *overlap])
-        if not len(self): raise BantamError(f"{shards.folder} holds {shards.tokens} tokens, a row of {seq_len} takes {seq_len+1}; "
+        if not len(self):
+            raise BantamError(f"{shards.folder} holds {shards.tokens} tokens, "
+                              f"a row of {seq_len} takes {seq_len+1}; "
                                             "give more text or a smaller seq_len")
 
     def __len__(self)->int: return int(self.first[-1])
@@ -106,19 +117,22 @@ class BlockDataset:
     def __repr__(self)->str:
         used = sum((len(t)-1)*self.stride + self.seq_len for t in self.tables if len(t))
         overlap = "" if self.stride == self.seq_len else f" every {self.stride}"
-        return f"{human(len(self))} rows of {self.seq_len}{overlap}, {1-used/self.tokens:.2%} of {human(self.tokens)} tokens left out"
+        return (f"{human(len(self))} rows of {self.seq_len}{overlap}, {1-used/self.tokens:.2%} of "
+                f"{human(self.tokens)} tokens left out")
 
 # %% ../../nbs/2_data/25_loader.ipynb #1a45b458
 @patch
 def _documents(self:BlockDataset, shard, begin):
-    "For rows that start at `begin` in `shard`: how many documents each touches, and where these begin in their shard."
+    """For rows that start at `begin` in `shard`: how many documents each touches, and where these
+    begin in their shard."""
     lo,hi = np.empty_like(begin),np.empty_like(begin)
     for s in np.unique(shard):
         at,starts = np.flatnonzero(shard == s),self.starts[s]
         lo[at] = starts.searchsorted(begin[at], "right") - 1
         hi[at] = starts.searchsorted(begin[at] + self.seq_len, "right")
     count = hi - lo
-    which,owner = np.arange(count.sum()) + np.repeat(hi - count.cumsum(), count),np.repeat(shard, count)
+    which,owner = (np.arange(count.sum()) + np.repeat(hi - count.cumsum(), count),
+                   np.repeat(shard, count))
     found = np.empty_like(which)
     for s in np.unique(shard): found[owner == s] = self.starts[s][which[owner == s]]
     return count,found
@@ -148,7 +162,8 @@ def plan(self:BlockDataset,
     return read
 
 # %% ../../nbs/2_data/25_loader.ipynb #1b9bafad
-ROWS_MAPPED,BYTES_MAPPED = 2**11,2**28 # Rows read (64 KB each are mapped, at most) between two releases; files below this stay mapped
+# Rows read (64 KB each are mapped, at most) between two releases; files below this stay mapped
+ROWS_MAPPED,BYTES_MAPPED = 2**11,2**28
 
 @patch
 def _gather(self:BlockDataset, shard, inside): # Rows `inside` of the tables `shard`, (B,T+1)
@@ -161,7 +176,8 @@ def _gather(self:BlockDataset, shard, inside): # Rows `inside` of the tables `sh
 
 @patch
 def release(self:BlockDataset)->None:
-    "Let the mapped pages of big files go; they come back from the system's cache when they are read again."
+    """Let the mapped pages of big files go; they come back from the system's cache when they are
+    read again."""
     self.touched = 0
     for m in self.maps: m.madvise(mmap.MADV_DONTNEED)
 
@@ -183,19 +199,25 @@ class Loader:
                  rank:int=0, # Which of the ranks this is
                  world_size:int=1, # How many ranks share the epoch
                  subset:int|None=None, # Use only so many rows, the first ones, again and again
-                 num_workers:int=0, # Threads that make the next batches ahead of time; 0 makes each when it is asked for
+                 # Threads that make batches ahead of time; 0 makes each when it is asked for
+                 num_workers:int=0,
                  pin_memory:bool=False, # Put batches where a CUDA device can fetch them
                  persistent_workers:bool=False # Keep the threads when an epoch ends
                 ):
         if batch_size < 1: raise BantamError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0: raise BantamError(f"num_workers must be 0 or more, got {num_workers}")
         if not 0 <= rank < world_size: raise BantamError(f"rank {rank} is not one of {world_size}")
-        if subset is not None and not 0 < subset <= len(dataset): raise BantamError(f"subset is {subset}, there are {len(dataset)} rows")
-        if pin_memory and not torch.cuda.is_available(): raise BantamError("pin_memory needs a CUDA device and there is none; set pin_memory: false")
+        if subset is not None and not 0 < subset <= len(dataset):
+            raise BantamError(f"subset is {subset}, there are {len(dataset)} rows")
+        if pin_memory and not torch.cuda.is_available():
+            raise BantamError("pin_memory needs a CUDA device and there is none; set pin_memory: "
+                              "false")
         self.dataset,self.batch_size,self.seed,self.shuffle = dataset,batch_size,seed,shuffle
         self.rank,self.world_size,self.n = rank,world_size,subset or len(dataset)
-        self.num_workers,self.pin_memory,self.persistent_workers = num_workers,pin_memory,persistent_workers
-        self.global_batch,self.ahead,self.parts,self.lock = batch_size*world_size,max(1, 2**13//batch_size),{},Lock()
+        self.num_workers,self.pin_memory,self.persistent_workers = (num_workers,pin_memory,
+                                                                    persistent_workers)
+        self.global_batch,self.ahead,self.parts,self.lock = (batch_size*world_size,
+                                                             max(1, 2**13//batch_size),{},Lock())
         self.pool,self.coming,self.owner = None,{},None
 
     @property
@@ -207,7 +229,7 @@ class Loader:
 
 # %% ../../nbs/2_data/25_loader.ipynb #7930f2e9
 @patch
-def _part(self:Loader, i): # rows and reader of the part of the line that holds step i, and where i is in it
+def _part(self:Loader, i): # rows and reader of step i's part, and where i is in it
     if i < 0: raise BantamError(f"there is no batch {i}; the first is 0")
     part,at = divmod(int(i), self.ahead)
     with self.lock:
@@ -217,7 +239,8 @@ def _part(self:Loader, i): # rows and reader of the part of the line that holds 
             epoch,place = np.divmod(place.ravel(), self.n)
             if epoch[0] == epoch[-1]: epoch = epoch[:1]
             rows = permute(place, self.n, order_key(self.seed, epoch)) if self.shuffle else place
-            newest = list(self.parts.items())[-1:] # at a seam, threads still read from the part before
+            # at a seam, threads still read from the part before
+            newest = list(self.parts.items())[-1:]
             self.parts = dict(newest) | {part: (rows, self.dataset.plan(rows))}
         return *self.parts[part],at*self.batch_size
 
@@ -242,12 +265,14 @@ def make(self:Loader,
 
 # %% ../../nbs/2_data/25_loader.ipynb #3dc1635a
 @patch
-def _last(self:Loader): return max(0, -(-(self.n - self.rank*self.batch_size)//self.global_batch)) # batches with a row of the first epoch
+def _last(self:Loader): # batches with a row of the first epoch
+    return max(0, -(-(self.n - self.rank*self.batch_size)//self.global_batch))
 
 @patch
 def _ask(self:Loader, i, short=False):
     if not self.num_workers: return self.make(i, short)
-    if self.owner != os.getpid(): self.pool,self.coming,self.owner = None,{},os.getpid() # a fork has no threads
+    # a fork has no threads
+    if self.owner != os.getpid(): self.pool,self.coming,self.owner = None,{},os.getpid()
     self.pool = self.pool or ThreadPoolExecutor(self.num_workers, "bantam-loader")
     ahead = i + 2*self.num_workers + 1
     wanted = [(j, short) for j in range(i, min(ahead, self._last()) if short else ahead)]
@@ -282,7 +307,8 @@ def close(self:Loader)->None:
 @patch
 def state(self:Loader)->dict: # Ready for JSON
     "Everything that the order of samples depends on, except the step."
-    return dict(data=self.dataset.fingerprint, samples=self.n, seed=self.seed, shuffle=self.shuffle, global_batch=self.global_batch)
+    return dict(data=self.dataset.fingerprint, samples=self.n, seed=self.seed, shuffle=self.shuffle,
+                global_batch=self.global_batch)
 
 @patch
 def check(self:Loader,
@@ -291,5 +317,6 @@ def check(self:Loader,
     "Refuse to go on with other data or another order."
     for key,now in self.state().items():
         if state.get(key) != now:
-            raise BantamError(f"the run to be continued had {key} = {state.get(key)}, now it is {now}; "
+            raise BantamError(f"the run to be continued had {key} = {state.get(key)}, "
+                              f"now it is {now}; "
                               "restore it, or start a new run from the weights")

@@ -26,7 +26,8 @@ def is_text(record # A `Record` of room 21
            )->bool: # False: it is a conversation
     "Running text or a conversation; a record that is neither is refused by its place."
     if record.text is None and record.messages is None:
-        raise BantamError(f"{record.where} holds neither text nor messages; name the field with its text, or keep it for fine-tuning")
+        raise BantamError(f"{record.where} holds neither text nor messages; "
+                          "name the field with its text, or keep it for fine-tuning")
     return record.text is not None
 
 def encode_record(record, # A `Record` of room 21: `text` or `messages`, and `where` it came from
@@ -53,14 +54,17 @@ def encode_records(records:Iterable, # `Record`s, read lazily
 
 # %% ../../nbs/2_data/24_pack.ipynb #de29a9df
 class ShardWriter:
-    "Writes documents one after another to `shard-<number>.bin`, and their starts to `shard-<number>.idx.npy`."
+    """Writes documents one after another to `shard-<number>.bin`, and their starts to
+    `shard-<number>.idx.npy`."""
     def __init__(self,
                  folder:Path, # An existing folder
                  number:int, # Which shard this is
                  vocab_size:int # Ids must be below it; it also decides between 16 and 32 bits
                 ):
-        self.path,self.vocab_size,self.dtype = folder/f"shard-{number:05d}.bin",vocab_size,token_dtype(vocab_size)
-        self.file,self.sha,self.starts,self.tokens = open(self.path, "wb"),hashlib.sha256(),array("q"),0
+        self.path,self.vocab_size,self.dtype = (folder/f"shard-{number:05d}.bin",
+                                                vocab_size,token_dtype(vocab_size))
+        self.file,self.sha,self.starts,self.tokens = (open(self.path, "wb"),hashlib.sha256(),
+                                                      array("q"),0)
 
     def add(self,
             ids:list[int]|np.ndarray # One document
@@ -81,7 +85,8 @@ class ShardWriter:
         idx = self.path.with_suffix(".idx.npy")
         np.save(idx, np.frombuffer(self.starts, dtype="<i8"))
         return dict(file=self.path.name, tokens=self.tokens, documents=len(self.starts),
-                    bytes=self.tokens*self.dtype.itemsize, sha256=self.sha.hexdigest(), index_sha256=sha256_file(idx))
+                    bytes=self.tokens*self.dtype.itemsize, sha256=self.sha.hexdigest(),
+                    index_sha256=sha256_file(idx))
 
 def token_dtype(vocab_size:int # Number of ids
                )->np.dtype: # Little-endian, so that files mean the same on every machine
@@ -90,7 +95,8 @@ def token_dtype(vocab_size:int # Number of ids
 
 # %% ../../nbs/2_data/24_pack.ipynb #ee218c9e
 def write_shards(documents:Iterable[list[int]], # Ids, one list a document; read lazily
-                 out:str|Path, # The folder to make; an existing one is replaced when the new one is whole
+                 # The folder to make; an existing one is replaced when the new one is whole
+                 out:str|Path,
                  tokenizer, # The one that made the ids
                  source:str="", # Where the documents come from, for the account
                  max_shard_tokens:int=2**26, # A shard is closed before it grows past this
@@ -103,15 +109,20 @@ def write_shards(documents:Iterable[list[int]], # Ids, one list a document; read
         with new_folder(out) as tmp:
             for number,ids in enumerate(documents, 1):
                 if len(ids) < least: short += 1; continue
-                if writer and writer.tokens + len(ids) > max_shard_tokens: shards.append(writer.close()); writer = None
+                if writer and writer.tokens + len(ids) > max_shard_tokens:
+                    shards.append(writer.close()); writer = None
                 writer = writer or ShardWriter(tmp, len(shards), tokenizer.vocab_size)
                 writer.add(ids)
-            if not writer: raise BantamError(f"{source or 'the source'} gave no document to write to {out} "
-                                             f"({short} too short); check the path and the text field")
+            if not writer:
+                raise BantamError(f"{source or 'the source'} gave no document to write to {out} "
+                                             f"({short} too short); check the path and the text "
+                                             "field")
             shards.append(writer.close())
             total = {k: sum(s[k] for s in shards) for k in ("documents", "tokens")}
-            manifest = dict(version=1, dtype=writer.dtype.name, tokenizer_fingerprint=tokenizer.fingerprint, shards=shards,
-                            sources=[dict(name=source, **total)], dropped={f"shorter than {least} tokens": short} if short else {})
+            manifest = dict(version=1, dtype=writer.dtype.name,
+                            tokenizer_fingerprint=tokenizer.fingerprint, shards=shards,
+                            sources=[dict(name=source, **total)],
+                            dropped={f"shorter than {least} tokens": short} if short else {})
             write_json(tmp/"manifest.json", manifest)
     except OSError as e:
         raise BantamError(f"cannot write {out} (document {number}): {e.strerror or e}; "
@@ -121,19 +132,24 @@ def write_shards(documents:Iterable[list[int]], # Ids, one list a document; read
 # %% ../../nbs/2_data/24_pack.ipynb #0d2b7155
 def read_manifest(folder:str|Path # A shard folder
                  )->dict: # The manifest, checked
-    "Manifest of a shard folder; anything in it that is not as `write_shards` makes it is refused by name."
+    """Manifest of a shard folder; anything in it that is not as `write_shards` makes it is refused
+    by name."""
     path = Path(folder)/"manifest.json"
     if not path.is_file():
-        raise BantamError(f"{folder} has no manifest.json: it is not a shard folder, or its writing never ended; prepare it again")
+        raise BantamError(f"{folder} has no manifest.json: it is not a shard folder, "
+                          "or its writing never ended; prepare it again")
     m = read_json(path)
     def bad(what): return BantamError(f"{path}: {what}; prepare the shards again")
     if not isinstance(m, dict) or m.get("version") != 1: raise bad("version is not 1")
-    if m.get("dtype") not in ("uint16", "uint32"): raise bad(f"dtype {m.get('dtype')!r} is neither uint16 nor uint32")
+    if m.get("dtype") not in ("uint16", "uint32"):
+        raise bad(f"dtype {m.get('dtype')!r} is neither uint16 nor uint32")
     if not isinstance(m.get("shards"), list) or not m["shards"]: raise bad("no shards are listed")
     for s in m["shards"]:
         name = s.get("file") if isinstance(s, dict) else s
-        if not (isinstance(name, str) and re.fullmatch(r"shard-\d{5}\.bin", name)): raise bad(f"{name!r} is not a shard's name")
-        for key,kind in dict(tokens=int, documents=int, bytes=int, sha256=str, index_sha256=str).items():
+        if not (isinstance(name, str) and re.fullmatch(r"shard-\d{5}\.bin", name)):
+            raise bad(f"{name!r} is not a shard's name")
+        for key,kind in dict(tokens=int, documents=int, bytes=int, sha256=str,
+                             index_sha256=str).items():
             if not isinstance(s.get(key), kind): raise bad(f"{key} of {name} is {s.get(key)!r}")
     return m
 
@@ -148,11 +164,16 @@ def open_shard(folder:Path, # The shard folder
     for file,sha in ((path, entry["sha256"]), (idx, entry["index_sha256"])):
         if not file.is_file(): raise BantamError(f"{file} is missing; prepare the shards again")
         if file == path and os.path.getsize(file) != entry["bytes"]:
-            raise BantamError(f"{file} has {os.path.getsize(file)} bytes, its manifest says {entry['bytes']}; prepare the shards again")
+            raise BantamError(f"{file} has {os.path.getsize(file)} bytes, "
+                              f"its manifest says {entry['bytes']}; prepare the shards again")
         if verify and sha256_file(file) != sha:
-            raise BantamError(f"{file} was altered: its SHA-256 is not the manifest's; prepare the shards again")
-    try: ids,starts = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"),np.load(idx, mmap_mode="r")
-    except (ValueError, EOFError) as e: raise BantamError(f"{idx} cannot be read: {e}; prepare the shards again") from None
+            raise BantamError(f"{file} was altered: its SHA-256 is not the manifest's; "
+                              "prepare the shards again")
+    try:
+        ids,starts = (np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"),
+                      np.load(idx, mmap_mode="r"))
+    except (ValueError, EOFError) as e:
+        raise BantamError(f"{idx} cannot be read: {e}; prepare the shards again") from None
     if len(ids) != entry["tokens"] or starts.shape != (entry["documents"],):
         raise BantamError(f"{path} does not hold what its manifest says; prepare the shards again")
     return ids,starts
@@ -168,7 +189,8 @@ class Shards:
         self.folder,self.manifest = Path(folder),read_manifest(folder)
         made_by = self.manifest.get("tokenizer_fingerprint")
         if tokenizer is not None and tokenizer.fingerprint != made_by:
-            raise BantamError(f"{folder} was made with tokenizer {str(made_by)[:12]}, not with this one ({tokenizer.fingerprint[:12]}); "
+            raise BantamError(f"{folder} was made with tokenizer {str(made_by)[:12]}, "
+                              f"not with this one ({tokenizer.fingerprint[:12]}); "
                               "use that tokenizer or prepare the data again")
         entries = self.manifest["shards"]
         pairs = [open_shard(self.folder, s, self.manifest["dtype"], verify) for s in entries]
@@ -188,7 +210,8 @@ class Shards:
             i -= len(starts)
 
     def __repr__(self)->str:
-        return f"{human(self.tokens)} tokens in {human(self.documents)} documents, {len(self.arrays)} shards"
+        return (f"{human(self.tokens)} tokens in {human(self.documents)} documents, "
+                f"{len(self.arrays)} shards")
 
 # %% ../../nbs/2_data/24_pack.ipynb #f5fdc340
 def pack_rows(lengths:list[int], # Tokens of each sample
@@ -196,7 +219,9 @@ def pack_rows(lengths:list[int], # Tokens of each sample
              )->list[list[int]]: # For each row the samples in it
     "Best-fit-decreasing bin packing (Johnson, 1973): no sample is cut, few rows are needed."
     for i,n in enumerate(lengths):
-        if not 0 < n <= seq_len: raise BantamError(f"sample {i} has {n} tokens, a row holds 1 to {seq_len}; shorten it or raise seq_len")
+        if not 0 < n <= seq_len:
+            raise BantamError(f"sample {i} has {n} tokens, a row holds 1 to {seq_len}; "
+                              "shorten it or raise seq_len")
     rows,spaces,by_space = [],[],{}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(spaces, lengths[i])

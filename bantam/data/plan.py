@@ -35,20 +35,29 @@ class DataArgs:
     tokenizer:str="default" # Folder of a tokenizer, or `default`
     template:Literal["bantam", "chatml"]="bantam" # How conversations become tokens
     seed:int=0 # Of the order in which sources are mixed
-    unit:Literal["documents", "bytes", "tokens"]="documents" # What the weights of the sources are shares of
-    valid_fraction:float=0.01 # Share of the documents that is held out, in the folder `valid`; 0 holds out none
+    # What the weights of the sources are shares of
+    unit:Literal["documents", "bytes", "tokens"]="documents"
+    # Share of the documents that is held out, in the folder `valid`; 0 holds out none
+    valid_fraction:float=0.01
     min_sample_token_length:int=8 # Documents with fewer tokens are left out
     max_shard_tokens:int=2**26 # A shard is closed before it grows past this
-    contamination:str|list[str]|None=None # Evaluation texts: documents that hold parts of them are left out
-    score_model:str|None=None # A bantam model that scores documents, where `clean` limits bits per byte
-    num_workers:int|None=None # Processes; None is one for each core where there is more to do than tokenising, 0 works in this one
-    delete_raw:bool=False # Delete the files of sources that were read to their end, once the shards are safe
+    # Evaluation texts: documents that hold parts of them are left out
+    contamination:str|list[str]|None=None
+    # A bantam model that scores documents, where `clean` limits bits per byte
+    score_model:str|None=None
+    # Processes; None is one a core, if there is more to do than tokenising; 0 works in this one
+    num_workers:int|None=None
+    # Delete the files of sources that were read to their end, once the shards are safe
+    delete_raw:bool=False
 
     def check(self):
         "Refuse what cannot be."
         positive(self, "min_sample_token_length", "max_shard_tokens")
-        if not 0 <= self.valid_fraction < 1: raise BantamError(f"valid_fraction must be from 0 to below 1, got {self.valid_fraction}")
-        if (self.num_workers or 0) < 0: raise BantamError(f"num_workers must be 0 or more, got {self.num_workers}")
+        if not 0 <= self.valid_fraction < 1:
+            raise BantamError("valid_fraction must be from 0 to below 1, "
+                              f"got {self.valid_fraction}")
+        if (self.num_workers or 0) < 0:
+            raise BantamError(f"num_workers must be 0 or more, got {self.num_workers}")
 
 # %% ../../nbs/2_data/24d_plan.ipynb #cf4dfb17
 @strict
@@ -72,7 +81,8 @@ class DataPlan:
                 ):
         only_sections(values, SECTIONS, path, lines or {})
         def read(cls, name): return from_section(cls, values[name] or {}, name, path, lines or {})
-        self.base,self.args = Path(base),read(DataArgs, "data_args") if "data_args" in values else DataArgs()
+        self.base,self.args = (Path(base),
+                               read(DataArgs, "data_args") if "data_args" in values else DataArgs())
         self.clean = read(CleanSettings, "clean") if "clean" in values else None
         self.dedup = read(DedupArgs, "dedup") if "dedup" in values else None
         try:
@@ -90,8 +100,10 @@ class DataPlan:
                 )->dict: # Ready for JSON
         "What the result hangs on; two plans that agree in it make the same bytes."
         args = {k: v for k,v in dataclasses.asdict(self.args).items() if k not in FREE}
-        parts = {k: v and dataclasses.asdict(v) for k,v in (("clean", self.clean), ("dedup", self.dedup))}
-        return dict(data_args=args | dict(tokenizer=self.tokenizer.fingerprint), sources=sources) | parts
+        parts = {k: v and dataclasses.asdict(v)
+                 for k,v in (("clean", self.clean), ("dedup", self.dedup))}
+        return dict(data_args=args | dict(tokenizer=self.tokenizer.fingerprint),
+                    sources=sources) | parts
 
     @classmethod
     def from_yaml(cls,

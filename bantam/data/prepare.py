@@ -26,7 +26,8 @@ from .plan import DataPlan
 from .work import Workers, groups
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #a66f2d54
-def _fresh(): return dict(records=0, hash="", shards=[], signatures=0, counts={}, mixture=[], done=False)
+def _fresh():
+    return dict(records=0, hash="", shards=[], signatures=0, counts={}, mixture=[], done=False)
 
 class Journal:
     "What is finished of a plan, on the disk."
@@ -35,14 +36,19 @@ class Journal:
                  plan:DataPlan # What it must have been made by
                 ):
         self.folder,self.path = folder,folder/"journal.json"
-        raw = [p for s in plan.sources if s.path for q in ([s.path] if isinstance(s.path, str) else s.path) for p in list_files(Path(q))] if plan.args.delete_raw else []
-        new = dict(settings=plan.settings, raw={str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in raw}, train=_fresh(), valid=_fresh())
+        raw = [p for s in plan.sources if s.path
+               for q in ([s.path] if isinstance(s.path, str) else s.path)
+               for p in list_files(Path(q))] if plan.args.delete_raw else []
+        new = dict(settings=plan.settings, raw={str(p): [p.stat().st_size, p.stat().st_mtime_ns]
+                                                for p in raw}, train=_fresh(), valid=_fresh())
         self.state = read_json(self.path) if self.path.exists() else new
         refuse_other(folder, self.state["settings"], plan.settings)
         sweep(folder)
-        known = {"journal.json", *(f"{d}{f}" for d,side in (("", "train"), ("valid/", "valid")) for s in self.state[side]["shards"]
+        known = {"journal.json", *(f"{d}{f}" for d,side in (("", "train"), ("valid/", "valid"))
+                                   for s in self.state[side]["shards"]
                                    for f in (s["file"], s["file"].replace(".bin", ".idx.npy"))),
-                 *(f"seen-{side}-{k:05d}.npy" for side in ("train", "valid") for k in range(self.state[side]["signatures"]))}
+                 *(f"seen-{side}-{k:05d}.npy" for side in ("train", "valid")
+                   for k in range(self.state[side]["signatures"]))}
         for p in [*folder.glob("*"), *folder.glob("valid/*")]:
             if p.is_file() and str(p.relative_to(folder)) not in known: p.unlink()
         self.save()
@@ -64,10 +70,14 @@ def refuse_other(folder:Path, # A folder that exists
                  now:dict # Settings of now
                 )->None:
     "Data of other settings are never mixed with these, nor replaced."
-    flat = lambda d: {f"{s}.{k}" if isinstance(v, dict) else s: x for s,v in d.items() for k,x in (v if isinstance(v, dict) else {s: v}).items()}
+    flat = lambda d: {f"{s}.{k}" if isinstance(v, dict) else s: x for s,v in d.items()
+                      for k,x in (v if isinstance(v, dict) else {s: v}).items()}
     a,b = flat(was),flat(json.loads(json.dumps(now)))
-    odd = [f"{k} was {a.get(k)!r}, now {b.get(k)!r}" for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
-    if odd: raise BantamError(f"{folder} holds data of other settings ({'; '.join(odd[:3])}); choose another out_dir, or remove it")
+    odd = [f"{k} was {a.get(k)!r}, now {b.get(k)!r}"
+           for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+    if odd:
+        raise BantamError(f"{folder} holds data of other settings ({'; '.join(odd[:3])}); "
+                          "choose another out_dir, or remove it")
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #a9ba632a
 def save_signatures(path:Path, # Where to
@@ -75,7 +85,8 @@ def save_signatures(path:Path, # Where to
                     num_perm:int # Values in each
                    )->None:
     "Write signatures durably."
-    rows = np.zeros(len(found), [("key", "<i8"), ("exact", "u1", 16), ("words", "?"), ("mins", "<u4", num_perm)])
+    rows = np.zeros(len(found), [("key", "<i8"), ("exact", "u1", 16), ("words", "?"),
+                                 ("mins", "<u4", num_perm)])
     for row,(key,s) in zip(rows, found):
         row["key"],row["exact"],row["words"] = key,np.frombuffer(s.exact, "u1"),s.mins_P is not None
         if s.mins_P is not None: row["mins"] = s.mins_P
@@ -85,7 +96,8 @@ def save_signatures(path:Path, # Where to
 def load_signatures(path:Path # From `save_signatures`
                    )->list: # The same pairs
     "Read signatures back."
-    return [(int(r["key"]), Signature(r["exact"].tobytes(), r["mins"].copy() if r["words"] else None)) for r in np.load(path)]
+    return [(int(r["key"]), Signature(
+        r["exact"].tobytes(), r["mins"].copy() if r["words"] else None)) for r in np.load(path)]
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #d77147cc
 class Side:
@@ -99,7 +111,8 @@ class Side:
         self.plan,self.journal,self.name,self.dedup = plan,journal,name,dedup
         self.done,self.folder = journal.state[name],journal.folder/("" if name == "train" else name)
         self.folder.mkdir(exist_ok=True)
-        self.counts,self.records,self.writer,self.fresh,self.hash = copy.deepcopy(self.done["counts"]),self.done["records"],None,[],blake2b(digest_size=16)
+        self.counts,self.records,self.writer,self.fresh,self.hash = copy.deepcopy(
+            self.done["counts"]),self.done["records"],None,[],blake2b(digest_size=16)
         for k in range(self.done["signatures"] if dedup else 0):
             for key,sign in load_signatures(journal.seen(name, k)): dedup.seen(key, sign)
 
@@ -138,7 +151,8 @@ def take(self:Side,
          sign # Its signature, or None
         )->None:
     "One document of the stream."
-    if self.writer and len(ids) and self.writer.tokens + len(ids) > self.plan.args.max_shard_tokens: self.commit()
+    if self.writer and len(ids) and self.writer.tokens + len(ids) > self.plan.args.max_shard_tokens:
+        self.commit()
     mine = self.counts.setdefault(name, dict(read=0, documents=0, tokens=0, dropped={}))
     if sign is not None:
         self.fresh.append((self.records, sign))
@@ -147,7 +161,8 @@ def take(self:Side,
             why = "exact duplicate" if self.dedup.exact > before else "near duplicate"
     self.used(record); self.records += 1; mine["read"] += 1
     if why: mine["dropped"][why] = mine["dropped"].get(why, 0) + 1; return
-    self.writer = self.writer or ShardWriter(self.folder, len(self.done["shards"]), self.plan.tokenizer.vocab_size)
+    self.writer = self.writer or ShardWriter(self.folder, len(self.done["shards"]),
+                                             self.plan.tokenizer.vocab_size)
     self.writer.add(ids)
     mine["documents"] += 1; mine["tokens"] += len(ids)
 
@@ -162,9 +177,11 @@ def commit(self:Side,
         fsync_path(self.folder)
         self.writer = None
     if self.fresh:
-        save_signatures(self.journal.seen(self.name, self.done["signatures"]), self.fresh, self.plan.dedup.num_perm)
+        save_signatures(self.journal.seen(self.name, self.done["signatures"]), self.fresh,
+                        self.plan.dedup.num_perm)
         self.done["signatures"],self.fresh = self.done["signatures"] + 1,[]
-    self.done.update(records=self.records, hash=self.hash.hexdigest(), counts=copy.deepcopy(self.counts), **more)
+    self.done.update(records=self.records, hash=self.hash.hexdigest(),
+                     counts=copy.deepcopy(self.counts), **more)
     self.journal.save()
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #a16e8565
@@ -175,36 +192,47 @@ def run(self:Side,
        )->None:
     "Write the side to its end."
     if self.done["done"]: return
-    mix,strict = self.plan.mixture(self.name),{s.label: s.on_bad == "stop" for s in self.plan.sources}
+    mix,strict = (self.plan.mixture(self.name),
+                  {s.label: s.on_bad == "stop" for s in self.plan.sources})
     for group,out in workers.map(groups(self.rest(mix))):
         ends = np.cumsum(out.lengths).tolist()
         for i,((name,record),n,end) in enumerate(zip(group, out.lengths, ends)):
             if i in out.errors and strict[name]: raise BantamError(out.errors[i])
             self.take(name, record, out.ids[end-n:end], out.reasons[i], out.signatures[i])
         bar.update(len(group))
-        bar.set_postfix_str(f"{human(sum(c['tokens'] for c in self.counts.values()))} tokens, {len(self.done['shards'])} shards")
+        bar.set_postfix_str(f"{human(sum(c['tokens'] for c in self.counts.values()))} tokens, "
+                            f"{len(self.done['shards'])} shards")
     self.commit(done=True, mixture=mixture_account(mix))
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #47bfc718
 def prepare(plan:DataPlan, # What is made
             out:str|Path|None=None, # The folder; None takes `out_dir` of the plan
-            score=None, # Text -> bits per byte, where `clean` limits them; must be importable by name
+            # Text -> bits per byte, where `clean` limits them; must be importable by name
+            score=None,
             progress:bool=False # Show a bar
            )->dict: # The manifest of the training side
     "Make token shards. Killed at any moment, the same call goes on and ends with the same bytes."
-    if not (out or plan.args.out_dir): raise BantamError("out_dir is not set; name the folder of the shards")
+    if not (out or plan.args.out_dir):
+        raise BantamError("out_dir is not set; name the folder of the shards")
     out = Path(out) if out else plan.base/plan.args.out_dir
     partial_folder = out.with_name(out.name + ".partial")
     if not out.exists():
         try: partial_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise BantamError(f"cannot make {partial_folder}: {e.strerror}; choose another out_dir") from e
+        except OSError as e:
+            raise BantamError(f"cannot make {partial_folder}: {e.strerror}; "
+                              "choose another out_dir") from e
         try:
             with locked(partial_folder): fill(plan, partial_folder, out, score, progress)
-        except BlockingIOError: raise BantamError(f"another process is preparing {out}; wait for it, or choose another out_dir") from None
+        except BlockingIOError:
+            raise BantamError(f"another process is preparing {out}; wait for it, "
+                              "or choose another out_dir") from None
         except OSError as e:
-            raise BantamError(f"cannot write {partial_folder}: {e.strerror or e}; its finished shards are safe: free space and run the same command again") from e
+            raise BantamError(f"cannot write {partial_folder}: {e.strerror or e}; "
+                              "its finished shards are safe: free space and run the same "
+                              "command again") from e
     manifest = read_manifest(out)
-    if "settings" not in manifest: raise BantamError(f"{out} holds data that was not prepared here; choose another out_dir")
+    if "settings" not in manifest:
+        raise BantamError(f"{out} holds data that was not prepared here; choose another out_dir")
     refuse_other(out, manifest["settings"], plan.settings)
     delete_raw(manifest)
     return manifest
@@ -223,10 +251,12 @@ def fill(plan:DataPlan, # What is made
     "Write what is missing in `folder`, and give it its name."
     from tqdm import tqdm
     if not (folder/"manifest.json").exists():
-        journal,dedup = Journal(folder, plan),Deduplicator(**dataclasses.asdict(plan.dedup)) if plan.dedup else None
+        journal,dedup = (Journal(folder, plan),
+                         Deduplicator(**dataclasses.asdict(plan.dedup)) if plan.dedup else None)
         n,sides = plan.args.num_workers,["train"] + ["valid"]*(plan.args.valid_fraction > 0)
         parts = plan.work(score)
-        if n is None: n = cores() if parts["cleaner"] or parts["signature"] else 0 # the tokenizer alone uses all cores by itself
+        # the tokenizer alone uses all cores by itself
+        if n is None: n = cores() if parts["cleaner"] or parts["signature"] else 0
         with Workers(n, **parts) as workers, tqdm(unit=" records", disable=not progress) as bar:
             for name in sides: Side(plan, journal, name, dedup).run(workers, bar)
         finish(plan, journal)
@@ -241,24 +271,32 @@ def finish(plan:DataPlan, # What was made
            journal:Journal # All of it
           )->None:
     "Write the manifests."
-    if not plan.args.valid_fraction and (journal.folder/"valid").exists(): (journal.folder/"valid").rmdir()
+    if not plan.args.valid_fraction and (journal.folder/"valid").exists():
+        (journal.folder/"valid").rmdir()
     for name,folder in (("valid", journal.folder/"valid"), ("train", journal.folder)):
         side = journal.state[name]
         if not side["done"]: continue
-        if not side["shards"]: raise BantamError(f"no document is left on the '{name}' side: {kept_table(side['counts'])}")
+        if not side["shards"]:
+            raise BantamError(f"no document is left on the '{name}' side: "
+                              f"{kept_table(side['counts'])}")
         dropped = {}
         for c in side["counts"].values():
             for why,n in c["dropped"].items(): dropped[why] = dropped.get(why, 0) + n
         for row in side["mixture"]:
             for why,n in row["left_out"].items(): dropped[why] = dropped.get(why, 0) + n
-        sources = [dict(name=n, documents=c["documents"], tokens=c["tokens"]) for n,c in side["counts"].items()]
+        sources = [dict(name=n, documents=c["documents"], tokens=c["tokens"])
+                   for n,c in side["counts"].items()]
         write_json(folder/"manifest.json", dict(
-            version=1, dtype=token_dtype(plan.tokenizer.vocab_size).name, tokenizer_fingerprint=plan.tokenizer.fingerprint, shards=side["shards"],
-            sources=sources, dropped=dropped, settings=plan.settings, kept=side["counts"], mixture=side["mixture"]) | (dict(raw=journal.state["raw"]) if plan.args.delete_raw else {}))
+            version=1, dtype=token_dtype(plan.tokenizer.vocab_size).name,
+            tokenizer_fingerprint=plan.tokenizer.fingerprint, shards=side["shards"],
+            sources=sources, dropped=dropped, settings=plan.settings, kept=side["counts"],
+            mixture=side["mixture"]) | (
+                dict(raw=journal.state["raw"]) if plan.args.delete_raw else {}))
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #ab4d5852
 def kept_table(counts:dict, # {source: read, documents, tokens, dropped}
-               mixture:list=() # What `mixture_account` gave: records that could not be read, and why a source ended
+               # What `mixture_account` gave: records that could not be read, and why a source ended
+               mixture:list=()
               )->str:
     "What was kept and dropped of each source, and why."
     ended = {row["source"]: row for row in mixture}
@@ -266,9 +304,12 @@ def kept_table(counts:dict, # {source: read, documents, tokens, dropped}
     total = sum(c["tokens"] for c in counts.values()) or 1
     lines = [f"{'source':{width}} {'read':>8} {'kept':>8} {'tokens':>8} {'share':>6}  dropped"]
     for name,c in counts.items():
-        why = c["dropped"] | {f"{k} (not read)": n for k,n in ended.get(name, {}).get("left_out", {}).items()}
-        gone = ", ".join(f"{n} {k}" for k,n in sorted(why.items(), key=lambda x: -x[1])) or "nothing"
-        lines.append(f"{name:{width}} {c['read']:8} {c['documents']:8} {human(c['tokens']):>8} {c['tokens']/total:6.1%}  {gone}"
+        why = c["dropped"] | {f"{k} (not read)": n
+                              for k,n in ended.get(name, {}).get("left_out", {}).items()}
+        gone = (", ".join(f"{n} {k}" for k,n in sorted(why.items(), key=lambda x: -x[1]))
+                or "nothing")
+        lines.append(f"{name:{width}} {c['read']:8} {c['documents']:8} {human(c['tokens']):>8} "
+                     f"{c['tokens']/total:6.1%}  {gone}"
                      + (f"; ended: {ended[name]['ended']}" if name in ended else ""))
     return "\n".join(lines)
 
@@ -277,6 +318,7 @@ def delete_raw(manifest:dict # Of a finished folder
     "Delete the raw files that a plan wanted deleted, if they are still the ones that were read."
     whole = all(row["ended"] == "all read" for row in manifest.get("mixture", []))
     if not manifest.get("raw") or not whole: return []
-    same = [Path(p) for p,(size,time) in manifest["raw"].items() if Path(p).is_file() and [Path(p).stat().st_size, Path(p).stat().st_mtime_ns] == [size, time]]
+    same = [Path(p) for p,(size,time) in manifest["raw"].items() if Path(p).is_file()
+            and [Path(p).stat().st_size, Path(p).stat().st_mtime_ns] == [size, time]]
     for p in same: p.unlink()
     return same

@@ -23,12 +23,14 @@ def check_shift(batch:Batch # From any data set
     asked,same = y != IGNORE,ids[:,1:] == ids[:,:-1]
     def refuse(wrong_BT, what):
         for b,t in zip(*np.nonzero(wrong_BT)):
-            raise BantamError(f"row {b}, place {t}: {what}; the data set that made this batch is broken")
+            raise BantamError(f"row {b}, place {t}: {what}; the data set that made this batch is "
+                              "broken")
     refuse(asked[:,:-1] & same & (y[:,:-1] != x[:,1:]), "the target is not the next token")
     refuse(asked[:,:-1] & ~same, "a target across the border of two documents")
     refuse(asked & (ids < 0), "a target in padding")
     documents = sum(len(np.unique(row[row >= 0])) for row in ids)
-    return dict(places=x.size, targets=int(asked.sum()), padding=int((ids < 0).sum()), documents=documents)
+    return dict(places=x.size, targets=int(asked.sum()), padding=int((ids < 0).sum()),
+                documents=documents)
 
 # %% ../../nbs/2_data/26_preview.ipynb #31b3a96f
 def printable(text:str # Any text
@@ -48,7 +50,8 @@ def row_parts(batch:Batch, # From any data set
     parts = []
     for (doc,hot),run in groupby(zip(ids, asked, x), key=lambda t: t[:2]):
         tokens = [t for _,_,t in run]
-        parts.append((doc, hot, f"{len(tokens)} of padding" if doc < 0 else printable(tokenizer.decode(tokens))))
+        parts.append((doc, hot, f"{len(tokens)} of padding" if doc < 0
+                      else printable(tokenizer.decode(tokens))))
     return parts
 
 # %% ../../nbs/2_data/26_preview.ipynb #dbdcdbd4
@@ -59,17 +62,20 @@ class Preview:
                  tokenizer, # Decodes
                  rows=4 # Which rows, or how many: these are spread over the data set
                 ):
-        if isinstance(rows, int): rows = np.unique(np.linspace(0, len(dataset)-1, min(rows, len(dataset))).astype(int))
+        if isinstance(rows, int):
+            rows = np.unique(np.linspace(0, len(dataset)-1, min(rows, len(dataset))).astype(int))
         self.dataset,self.rows = dataset,[int(r) for r in rows]
         if not self.rows or not 0 <= min(self.rows) <= max(self.rows) < len(dataset):
             raise BantamError(f"rows {self.rows} are not in 0 to {len(dataset)-1}; choose others")
         batch = dataset.batch(np.array(self.rows))
-        self.counts,self.parts = check_shift(batch),[row_parts(batch, b, tokenizer) for b in range(len(self.rows))]
+        self.counts,self.parts = (check_shift(batch),
+                                  [row_parts(batch, b, tokenizer) for b in range(len(self.rows))])
 
     def summary(self)->str:
         "What was counted."
         c = self.counts
-        return (f"{len(self.rows)} rows: {c['documents']} documents, {c['targets']/c['places']:.1%} of the places ask for a token, "
+        return (f"{len(self.rows)} rows: {c['documents']} documents, "
+                f"{c['targets']/c['places']:.1%} of the places ask for a token, "
                 f"{c['padding']/c['places']:.1%} are padding; y is x moved by one")
 
     def terminal(self,
@@ -81,22 +87,28 @@ class Preview:
             out,last = "",None
             for doc,asked,text in parts:
                 bar = " | " if last not in (None, doc) else ""
-                out += bar + (f"{marks[2]}({text}){marks[1] if colour else ''}" if doc < 0 else f"{marks[0]}{text}{marks[1]}" if asked else text)
+                out += bar + (f"{marks[2]}({text}){marks[1] if colour else ''}" if doc < 0
+                              else f"{marks[0]}{text}{marks[1]}" if asked else text)
                 last = doc
             return out
-        return "\n".join([*(f"row {r}: {one(p)}" for r,p in zip(self.rows, self.parts)), f"{self.dataset!r}", self.summary()])
+        return "\n".join([*(f"row {r}: {one(p)}" for r,p in zip(self.rows, self.parts)),
+                          f"{self.dataset!r}", self.summary()])
 
     def __repr__(self)->str: return self.terminal(colour=False)
 
     def _repr_html_(self)->str:
         def one(part):
             doc,asked,text = part
-            look = "color:#888" if doc < 0 else "background:#f6c9a0;color:#000" if asked else f"background:#{'eee' if doc % 2 else 'ddd'};color:#000"
+            look = ("color:#888" if doc < 0 else "background:#f6c9a0;color:#000" if asked
+                    else f"background:#{'eee' if doc % 2 else 'ddd'};color:#000")
             kind = "padding" if doc < 0 else "asked for" if asked else "read"
             return f'<span title="document {doc}, {kind}" style="{look}">{html.escape(text)}</span>'
-        rows = "".join(f'<p style="margin:4px 0"><b>row {r}</b> {"".join(map(one, p))}</p>' for r,p in zip(self.rows, self.parts))
-        return f'<div style="font-family:monospace">{rows}<p>{html.escape(repr(self.dataset))}<br>{html.escape(self.summary())}</p></div>'
+        rows = "".join(f'<p style="margin:4px 0"><b>row {r}</b> {"".join(map(one, p))}</p>'
+                       for r,p in zip(self.rows, self.parts))
+        about = f"{html.escape(repr(self.dataset))}<br>{html.escape(self.summary())}"
+        return f'<div style="font-family:monospace">{rows}<p>{about}</p></div>'
 
     def page(self)->str: # A whole HTML document
         "The rows as a page of its own."
-        return f'<!doctype html><meta charset="utf-8"><title>bantam: data</title>{self._repr_html_()}'
+        return ('<!doctype html><meta charset="utf-8"><title>bantam: '
+                f'data</title>{self._repr_html_()}')

@@ -19,12 +19,13 @@ from .pack import Shards, pack_rows
 from ..text.special import PAD_ID
 
 # %% ../../nbs/2_data/25a_rows.ipynb #1f5cc3e9
-def padded_spans(cuts:list, # For each row the columns where a document begins, and last the one where padding begins
+def padded_spans(cuts:list, # For each row: where documents begin, and where padding does
                  seq_len:int # Tokens of a row
                 )->tuple: # Document ids (-1 in padding) and positions, (B,T) int64 tensors
     "Number documents and count inside each, row by row."
     shape = len(cuts),seq_len
-    ids,positions = spans(np.concatenate([np.asarray(c) + b*seq_len for b,c in enumerate(cuts)]), shape)
+    ids,positions = spans(np.concatenate([np.asarray(c) + b*seq_len for b,c in enumerate(cuts)]),
+                          shape)
     for b,c in enumerate(cuts): ids[b,c[-1]:] = -1
     return torch.from_numpy(ids),torch.from_numpy(positions)
 
@@ -35,7 +36,8 @@ class Sample(NamedTuple):
     weights:list[float] # For each token, how much it counts as a target; 0 is not asked
 
 class RowDataset:
-    "Whole samples side by side in rows of `seq_len`; each sees only itself, the rest of a row is padding."
+    """Whole samples side by side in rows of `seq_len`; each sees only itself, the rest of a row is
+    padding."""
     def __init__(self,
                  samples:Sequence[Sample], # None longer than `seq_len`
                  seq_len:int, # Tokens of a row
@@ -44,20 +46,26 @@ class RowDataset:
                 ):
         if not samples: raise BantamError("there are no samples; check the data set")
         lengths = [len(s.ids) for s in samples]
-        rows = pack_rows(lengths, seq_len) if packing else [[i] for i in range(len(samples)) if pack_rows([lengths[i]], seq_len)]
+        rows = (pack_rows(lengths, seq_len) if packing
+                else [[i] for i in range(len(samples)) if pack_rows([lengths[i]], seq_len)])
         order = [i for row in rows for i in row]
         self.seq_len,self.pad_id,self.samples = seq_len,pad_id,len(samples)
         self.ids = np.concatenate([np.asarray(samples[i].ids, np.int32) for i in order])
         self.weights = np.concatenate([np.asarray(samples[i].weights, np.float32) for i in order])
-        if len(self.ids) != len(self.weights): raise BantamError("a sample has not one weight for each id")
+        if len(self.ids) != len(self.weights):
+            raise BantamError("a sample has not one weight for each id")
         self.starts = np.cumsum([0] + [lengths[i] for i in order])    # of each sample in `ids`
         self.rows = np.cumsum([0] + [len(row) for row in rows])       # of each row in `starts`
-        self.weights[self.starts[:-1]] = 0                            # nothing comes before a first token
+        # nothing comes before a first token
+        self.weights[self.starts[:-1]] = 0
         empty = np.flatnonzero(np.add.reduceat(self.weights, self.starts[:-1]) <= 0)
-        if len(empty): raise BantamError(f"sample {order[empty[0]]} has no target; it would teach nothing, leave it out")
+        if len(empty):
+            raise BantamError(f"sample {order[empty[0]]} has no target; it would teach nothing, "
+                              "leave it out")
         self.weighted = bool(np.any((self.weights != 0) & (self.weights != 1)))
         parts = (self.ids, self.weights, self.starts, self.rows)
-        self.fingerprint = digest([seq_len, *(hashlib.sha256(p.tobytes()).hexdigest() for p in parts)])
+        self.fingerprint = digest(
+            [seq_len, *(hashlib.sha256(p.tobytes()).hexdigest() for p in parts)])
 
     def __len__(self)->int: return len(self.rows) - 1
 
@@ -67,7 +75,8 @@ class RowDataset:
 
     def __repr__(self)->str:
         return (f"{human(self.samples)} samples in {human(len(self))} rows of {self.seq_len}, "
-                f"{self.padding():.1%} padding, {np.mean(self.weights > 0):.1%} of the tokens are targets")
+                f"{self.padding():.1%} padding, {np.mean(self.weights > 0):.1%} of the tokens are "
+                "targets")
 
 # %% ../../nbs/2_data/25a_rows.ipynb #04b1c5fc
 @patch
@@ -76,7 +85,8 @@ def batch(self:RowDataset,
          )->Batch: # These rows, in this order
     "Copy rows, and pad them."
     B,T = len(rows),self.seq_len
-    x,y,w = np.full((B, T), self.pad_id, np.int64),np.full((B, T), IGNORE, np.int64),np.zeros((B, T), np.float32)
+    x,y,w = (np.full((B, T), self.pad_id, np.int64),np.full((B, T), IGNORE, np.int64),
+             np.zeros((B, T), np.float32))
     cuts = []
     for b,r in enumerate(rows):
         starts = self.starts[self.rows[r]:self.rows[r+1]+1]
@@ -96,28 +106,36 @@ def plan(self:RowDataset,
 
 # %% ../../nbs/2_data/25a_rows.ipynb #b55a49b2
 class DocumentDataset:
-    "Whole documents of shards, packed best-fit: every row of `seq_len` starts where a document starts."
+    """Whole documents of shards, packed best-fit: every row of `seq_len` starts where a document
+    starts."""
     def __init__(self,
                  shards:Shards, # Where the tokens are
                  seq_len:int, # Tokens of a row; longer documents are cut there
                  pad_id:int=PAD_ID, # Fills the rest of a row
-                 document_mask:bool=True, # Give document ids and positions, so that documents do not see each other
+                 # Give document ids and positions, so that documents do not see each other
+                 document_mask:bool=True,
                  min_sample_token_length:int=8, # Shorter documents are left out
                  window:int=2**16 # Documents that are packed together
                 ):
         if not 2 <= min_sample_token_length <= seq_len:
-            raise BantamError(f"min_sample_token_length is {min_sample_token_length}; it must be from 2 to seq_len, {seq_len}")
-        self.shards,self.seq_len,self.pad_id,self.document_mask = shards,seq_len,pad_id,document_mask
+            raise BantamError(f"min_sample_token_length is {min_sample_token_length}; "
+                              f"it must be from 2 to seq_len, {seq_len}")
+        self.shards,self.seq_len,self.pad_id,self.document_mask = (shards,seq_len,
+                                                                   pad_id,document_mask)
         self.first = np.cumsum([0] + [len(s) for s in shards.starts])
         n = np.concatenate([np.diff(s, append=len(a)) for s,a in zip(shards.starts, shards.arrays)])
         whole = np.flatnonzero(n >= min_sample_token_length)
         some = [whole[i:i+window] for i in range(0, len(whole), window)]
-        rows = [np.array(w[row]) for w in some for row in pack_rows(np.minimum(n[w], seq_len).tolist(), seq_len)]
-        if not rows: raise BantamError(f"{shards.folder} holds no document of {min_sample_token_length} tokens; lower min_sample_token_length")
+        rows = [np.array(w[row]) for w in some
+                for row in pack_rows(np.minimum(n[w], seq_len).tolist(), seq_len)]
+        if not rows:
+            raise BantamError(f"{shards.folder} holds no document of {min_sample_token_length} "
+                              "tokens; lower min_sample_token_length")
         self.order,self.rows = np.concatenate(rows),np.cumsum([0] + [len(r) for r in rows])
         self.tokens,self.kept = int(n.sum()),int(np.minimum(n[whole], seq_len).sum())
         self.short,self.long = len(n) - len(whole),int((n > seq_len).sum())
-        self.fingerprint = digest([shards.fingerprint, seq_len, "best fit", min_sample_token_length, window])
+        self.fingerprint = digest([shards.fingerprint, seq_len, "best fit",
+                                   min_sample_token_length, window])
 
     def __len__(self)->int: return len(self.rows) - 1
 
@@ -126,8 +144,10 @@ class DocumentDataset:
         return 1 - self.kept/(len(self)*self.seq_len)
 
     def __repr__(self)->str:
-        return (f"{human(len(self))} rows of {self.seq_len} that start at BOS, {self.padding():.2%} padding; {1-self.kept/self.tokens:.2%} of "
-                f"{human(self.tokens)} tokens lost ({self.long} documents cut, {self.short} too short)")
+        return (f"{human(len(self))} rows of {self.seq_len} that start at BOS, "
+                f"{self.padding():.2%} padding; {1-self.kept/self.tokens:.2%} of "
+                f"{human(self.tokens)} tokens lost ({self.long} documents cut, "
+                f"{self.short} too short)")
 
 # %% ../../nbs/2_data/25a_rows.ipynb #f4eb8de1
 @patch
@@ -175,5 +195,8 @@ def text_rows(shards:Shards, # Where the tokens are
     "Rows of running text, in one of the two ways."
     if pack == "blocks": return BlockDataset(shards, seq_len, document_mask, stride)
     if pack != "best_fit": raise BantamError(f"pack is '{pack}'; use blocks or best_fit")
-    if stride not in (None, seq_len): raise BantamError(f"stride {stride} is for blocks; best-fit rows hold whole documents, leave it out")
-    return DocumentDataset(shards, seq_len, pad_id, document_mask, min(min_sample_token_length, seq_len))
+    if stride not in (None, seq_len):
+        raise BantamError(f"stride {stride} is for blocks; best-fit rows hold whole documents, "
+                          "leave it out")
+    return DocumentDataset(shards, seq_len, pad_id, document_mask,
+                           min(min_sample_token_length, seq_len))

@@ -21,7 +21,8 @@ def find_starts(ids_N:np.ndarray, # Ids, mapped
                 block:int=2**24 # Ids in memory at once
                )->np.ndarray: # Rising, int64; the first is 0
     "The places at which documents start."
-    def places(i): return [b + np.flatnonzero(ids_N[b:b+block] == i) for b in range(0, len(ids_N), block)]
+    def places(i):
+        return [b + np.flatnonzero(ids_N[b:b+block] == i) for b in range(0, len(ids_N), block)]
     found = [] if bos_id is None else np.concatenate(places(bos_id))
     if not len(found) and eos_id is not None: found = np.concatenate(places(eos_id)) + 1
     found = np.asarray(found, np.int64)
@@ -37,7 +38,8 @@ class TokenFiles:
         self.arrays,self.folder = arrays,Path(arrays[0].filename).parent
         self.starts = [find_starts(a, tokenizer.bos_id, tokenizer.eos_id) for a in arrays]
         self.tokens,self.documents = sum(map(len, arrays)),sum(map(len, self.starts))
-        self.fingerprint = digest([[sha256_file(a.filename), a.offset, a.dtype.name] for a in arrays])
+        self.fingerprint = digest(
+            [[sha256_file(a.filename), a.offset, a.dtype.name] for a in arrays])
 
     def __len__(self)->int: return self.documents
 
@@ -48,7 +50,8 @@ class TokenFiles:
         return Shards.__getitem__(self, i)
 
     def __repr__(self)->str:
-        return f"{human(self.tokens)} tokens in {human(self.documents)} documents, {len(self.arrays)} files made elsewhere"
+        return (f"{human(self.tokens)} tokens in {human(self.documents)} documents, "
+                f"{len(self.arrays)} files made elsewhere")
 
 # %% ../../nbs/2_data/24c_token_files.ipynb #c1a1f2f7
 def tokenised(path, # What a run was told to train on
@@ -60,7 +63,8 @@ def tokenised(path, # What a run was told to train on
     "One side of data that is tokenised already."
     if not isinstance(path, (str, Path)): return None
     path,how = Path(path),dict(dtype=dtype, vocab_size=tokenizer.vocab_size)
-    lacks = BantamError(f"{path} has no held-out side; name a valid_dataset, or set eval_every_n: 0")
+    lacks = BantamError(f"{path} has no held-out side; name a valid_dataset, or set eval_every_n: "
+                        "0")
     if (path/"manifest.json").is_file():
         if split == "valid" and not (path/"valid").is_dir(): raise lacks
         return Shards(path/"valid" if split == "valid" else path, tokenizer, verify)

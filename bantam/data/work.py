@@ -38,7 +38,8 @@ def spoken(record # A `Record`
           )->str:
     "The text of a record: its own, or what is said in its turns."
     if is_text(record): return record.text
-    return "\n".join(str(m.get("content", m.get("value", ""))) for m in record.messages if isinstance(m, dict))
+    return "\n".join(str(m.get("content", m.get("value", "")))
+                     for m in record.messages if isinstance(m, dict))
 
 # %% ../../nbs/2_data/24b_work.ipynb #b84889c5
 class Job:
@@ -50,7 +51,8 @@ class Job:
                  signature:Callable|None=None, # text -> what duplicates are found by
                  min_sample_token_length:int=8 # Documents with fewer tokens are dropped
                 ):
-        self.tokenizer,self.template,self.cleaner,self.signature = tokenizer,template,cleaner,signature
+        self.tokenizer,self.template,self.cleaner,self.signature = (tokenizer,template,
+                                                                    cleaner,signature)
         self.least = max(2, min_sample_token_length)
 
     def __call__(self,
@@ -67,16 +69,20 @@ class Job:
             if is_text(records[i]): texts[i] = cleaned
         ids = self._encode(records, texts, reasons, errors)
         for i,d in enumerate(ids):
-            if not reasons[i] and len(d) < self.least: reasons[i] = f"shorter than {self.least} tokens"
+            if not reasons[i] and len(d) < self.least:
+                reasons[i] = f"shorter than {self.least} tokens"
         lengths = [0 if why else len(d) for d,why in zip(ids, reasons)]
-        signatures = [self.signature(t) if self.signature and n else None for t,n in zip(texts, lengths)]
+        signatures = [self.signature(t) if self.signature and n else None
+                      for t,n in zip(texts, lengths)]
         kept = [d for d,n in zip(ids, lengths) if n]
-        flat = np.fromiter(chain.from_iterable(kept), token_dtype(self.tokenizer.vocab_size), sum(lengths))
+        flat = np.fromiter(chain.from_iterable(kept), token_dtype(self.tokenizer.vocab_size),
+                           sum(lengths))
         return Outcome(flat, lengths, reasons, signatures, errors)
 
-    def _encode(self, records, texts, reasons, errors): # Ids of each record; none for those with a reason
+    def _encode(self, records, texts, reasons, errors): # Ids of records without a reason
         plain = [i for i,r in enumerate(records) if not reasons[i] and is_text(r)]
-        encoded = dict(zip(plain, self.tokenizer.encode_batch([texts[i] for i in plain], add_bos=True, add_eos=True)))
+        encoded = dict(zip(plain, self.tokenizer.encode_batch([texts[i] for i in plain],
+                                                              add_bos=True, add_eos=True)))
         for i,r in enumerate(records):
             if reasons[i] or i in encoded: continue
             try: encoded[i] = encode_record(r, self.tokenizer, self.template)
@@ -99,7 +105,8 @@ def groups(stream:Iterable, # Pairs of anything and a `Record`
 # %% ../../nbs/2_data/24b_work.ipynb #9dc5cca7
 def serve(fd:int # Number of the open pipe
          )->None:
-    "Build the job that comes first, then answer groups until the pipe closes. An error is an answer too."
+    """Build the job that comes first, then answer groups until the pipe closes. An error is an
+    answer too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl+C is for the main process
     conn = Connection(fd)
     try:
@@ -108,7 +115,9 @@ def serve(fd:int # Number of the open pipe
             records = conn.recv()
             try: answer = job(records)
             except BantamError as e: answer = BantamError(str(e))
-            except Exception as e: answer = BantamError(f"{records[0].where} and the records behind it: {type(e).__name__}: {e}")
+            except Exception as e:
+                answer = BantamError(f"{records[0].where} and the records behind it: "
+                                     f"{type(e).__name__}: {e}")
             conn.send(answer)
     except (EOFError, OSError): pass
 
@@ -117,15 +126,19 @@ class Workers:
     def __init__(self,
                  n:int, # How many; 0 computes in two threads of this process
                  **parts # What `Job` takes
-                ): self.n,self.parts,self.job,self.free,self.processes = n,parts,Job(**parts),queue.Queue(),[]
+                ): self.n,self.parts,self.job,self.free,self.processes = n,parts,Job(
+                    **parts),queue.Queue(),[]
 
     def __enter__(self):
-        env = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONPATH=os.pathsep.join(p or "." for p in sys.path))
+        env = dict(os.environ, TOKENIZERS_PARALLELISM="false",
+                   PYTHONPATH=os.pathsep.join(p or "." for p in sys.path))
         run = "import sys; from bantam.data.work import serve; serve(int(sys.argv[1]))"
         for _ in range(self.n):
             ours,theirs = Pipe()
             fd = theirs.fileno()
-            self.processes.append(subprocess.Popen([sys.executable, "-c", run, str(fd)], pass_fds=[fd], env=env, stdin=subprocess.DEVNULL))
+            self.processes.append(subprocess.Popen([sys.executable, "-c", run, str(fd)],
+                                                   pass_fds=[fd], env=env,
+                                                   stdin=subprocess.DEVNULL))
             theirs.close()
             ours.send(self.parts)
             self.free.put(ours)
@@ -141,7 +154,8 @@ class Workers:
             conn.send(records)
             answer = conn.recv()
         except (EOFError, OSError):
-            raise BantamError("a worker process ended by itself; if memory is short, use a smaller num_workers") from None
+            raise BantamError("a worker process ended by itself; if memory is short, "
+                              "use a smaller num_workers") from None
         finally: self.free.put(conn)
         if isinstance(answer, Exception): raise answer
         return answer
@@ -152,7 +166,9 @@ def map(self:Workers,
         stream:Iterable # Groups: lists of pairs of a name and a `Record`
        )->Iterator[tuple]: # Each group with its `Outcome`
     "Outcomes in the order of the groups."
-    def plain(group): return [r if r.data is None or r.text is None and r.messages is None else r._replace(data=None) for _,r in group]
+    def plain(group):
+        return [r if r.data is None or r.text is None
+                and r.messages is None else r._replace(data=None) for _,r in group]
     ask,n = (self._ask, self.n) if self.n else (self.job, 2)
     waiting,pool = deque(),ThreadPoolExecutor(n, "bantam-work")
     try:

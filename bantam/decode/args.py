@@ -55,7 +55,8 @@ def save(self:GenerationArgs,
          folder # A model's folder
         )->None:
     "Write the settings beside the model, durably, as `transformers` names them."
-    write_json(Path(folder)/_file, dataclasses.asdict(self) | {"do_sample": self.temperature > 0 and self.num_beams == 1})
+    write_json(Path(folder)/_file, dataclasses.asdict(self) | {
+        "do_sample": self.temperature > 0 and self.num_beams == 1})
 
 @patch(cls_method=True)
 def load(cls:GenerationArgs,
@@ -67,7 +68,8 @@ def load(cls:GenerationArgs,
     saved = read_json(path) if path.exists() else {}
     if not isinstance(saved, dict): raise BantamError(f"{path} must hold an object of settings")
     saved = {k: v for k,v in saved.items() if k not in (*_ids, "transformers_version")}
-    if not saved.pop("do_sample", True) and saved.get("num_beams", 1) == 1: saved["temperature"] = 0.
+    if not saved.pop("do_sample", True) and saved.get("num_beams", 1) == 1:
+        saved["temperature"] = 0.
     try: args = cls(**saved)
     except BantamError as e: raise BantamError(f"{path}: {e}") from None
     return args.replace(**changes)

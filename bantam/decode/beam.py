@@ -74,7 +74,8 @@ def beam_search(reader:Reader, # Feeds the model; has read nothing yet
     said_NT,N = prompts_BT,B # one row per prompt at first, then `width` of them
     for t in range(steps):
         raw_NV = reader(said_NT).log_softmax(-1)
-        z_NV = forbid_ngrams(penalise_repetition(raw_NV, said_NT, repetition_penalty), said_NT, no_repeat_ngram_size)
+        z_NV = forbid_ngrams(penalise_repetition(raw_NV, said_NT, repetition_penalty), said_NT,
+                             no_repeat_ngram_size)
         sums_N = z_NV.new_full((N,), -torch.inf)
         for b,s in enumerate(searches):
             for i,beam in enumerate(s.live): sums_N[b*(N//B) + i] = beam.score
@@ -87,13 +88,16 @@ def beam_search(reader:Reader, # Feeds the model; has read nothing yet
                 if score == -torch.inf: continue
                 row,id = divmod(m, V)
                 before,logprob = s.live[row],raw_NV[b*(N//B) + row, id].item()
-                candidates.append(Beam(score, before.ids + (id,), before.logprobs + (logprob,), row))
+                candidates.append(Beam(score, before.ids + (id,),
+                                       before.logprobs + (logprob,), row))
             s.step(candidates, last=t == steps - 1)
         if not any(s.open for s in searches): break
         rows,N = [[beam.row for beam in s.live] for s in searches],B*width
         rows = [b*(len(said_NT)//B) + i for b,r in enumerate(rows) for i in (r + [0]*width)[:width]]
-        news = [i for s in searches for i in ([beam.ids[-1] for beam in s.live] + [0]*width)[:width]]
+        news = [i for s in searches for i in (
+            [beam.ids[-1] for beam in s.live] + [0]*width)[:width]]
         rows_N = torch.tensor(rows, device=said_NT.device)
         reader.pick(rows_N)
-        said_NT = torch.cat([said_NT[rows_N], torch.tensor(news, device=said_NT.device)[:, None]], 1)
+        said_NT = torch.cat([said_NT[rows_N], torch.tensor(news, device=said_NT.device)[:, None]],
+                            1)
     return [s.done for s in searches]

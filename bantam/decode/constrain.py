@@ -34,11 +34,13 @@ class Constraint(ABC):
     def __init__(self,
                  tokenizer, # Whose ids
                  ends=None, # Ids that may follow a complete form; None is the end-of-text id
-                 free:int|None=None # Tokens after which the answer is led to an end; None never does
+                 # Tokens after which the answer is led to an end; None never does
+                 free:int|None=None
                 ):
         self.ends = sorted({tokenizer.eos_id} if ends is None else set(ends))
         if not self.ends or None in self.ends:
-            raise BantamError("a form needs an id that may follow when it is complete; name one in ends")
+            raise BantamError("a form needs an id that may follow when it is complete; "
+                              "name one in ends")
         if free is not None and free < 1:
             raise BantamError(f"free must be at least 1, or None, got {free}")
         self.tokenizer,self.free,self.said,self.over,self.path = tokenizer,free,0,False,None
@@ -115,7 +117,8 @@ def advance(self:Constraint,
 
 # %% ../../nbs/5_decode/54a_constrain.ipynb #089d976d
 class RegularConstraint(Constraint):
-    "The answer has the form of a regular expression made with `signs`, `chain`, `either`, `repeat`, `word`."
+    """The answer has the form of a regular expression made with `signs`, `chain`, `either`,
+    `repeat`, `word`."""
     def __init__(self,
                  form:tuple, # The expression
                  tokenizer, # Whose ids
@@ -161,7 +164,8 @@ class Vocabulary:
         texts = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         names = {i: t for t,i in tokenizer.control.items()}
         self.special_token_ids = [i for i,data in enumerate(texts) if not data]
-        self.tokens = [data or names.get(i, f"<|no token {i}|>").encode() for i,data in enumerate(texts)]
+        self.tokens = [data or names.get(i, f"<|no token {i}|>").encode()
+                       for i,data in enumerate(texts)]
         self.encode,self.trie = tokenizer.encode,token_trie(tokenizer)
 
     def __call__(self,
@@ -180,7 +184,8 @@ def llguidance(): # The module
     "The library that compiles schemas and grammars, or an error that says how to get it."
     try: import llguidance
     except ImportError:
-        raise BantamError("schemas and grammars need llguidance, which is not installed; install it with "
+        raise BantamError("schemas and grammars need llguidance, which is not installed; "
+                          "install it with "
                           "pip install 'bantam-lm[tools]'") from None
     return llguidance
 
@@ -210,13 +215,15 @@ class CompiledConstraint(Constraint):
                  **options # `ends`, `free`
                 ):
         super().__init__(tokenizer, **options)
-        self.matcher,self.what = llguidance().LLMatcher(handed(tokenizer), grammar, log_level=0),what
+        self.matcher,self.what = llguidance().LLMatcher(handed(tokenizer), grammar,
+                                                        log_level=0),what
         self._check()
         self.mask([]) # a form that no text has is found now
 
     def _check(self):
         if not self.matcher.is_error(): return
-        raise BantamError(f"the {self.what} cannot be followed: {first_reason(self.matcher.get_error())}")
+        raise BantamError(f"the {self.what} cannot be followed: "
+                          f"{first_reason(self.matcher.get_error())}")
 
     def viable(self)->Tensor: # (V,) bool
         "Tokens that can go on."
@@ -262,10 +269,12 @@ class JsonConstraint(CompiledConstraint):
             Draft202012Validator.check_schema(schema)
             text = json.dumps(schema, allow_nan=False)
             grammar = llguidance().LLMatcher.grammar_from_json_schema(text, overrides=WRITTEN)
-        except SchemaError as e: raise BantamError(f"this is no JSON Schema: {e.message:.300}") from None
+        except SchemaError as e:
+            raise BantamError(f"this is no JSON Schema: {e.message:.300}") from None
         except RecursionError: raise BantamError("this JSON Schema is nested too deeply") from None
         except BantamError: raise
-        except ValueError as e: raise BantamError(f"this JSON Schema cannot be written as JSON: {e}") from None
+        except ValueError as e:
+            raise BantamError(f"this JSON Schema cannot be written as JSON: {e}") from None
         known = {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
         if missing := [chr(b) for b in range(32, 127) if bytes([b]) not in known]:
             raise BantamError("JSON needs tokens for single signs that this vocabulary lacks: "
@@ -276,7 +285,8 @@ class JsonConstraint(CompiledConstraint):
 class GrammarConstraint(CompiledConstraint):
     "The answer has the form of a regular expression or of a Lark grammar."
     def __init__(self,
-                 grammar:str, # With a rule `start: ...` it is Lark's notation, else a regular expression
+                 # With a rule `start: ...` it is Lark's notation, else a regular expression
+                 grammar:str,
                  tokenizer, # Whose ids
                  **options # `ends`, `free`
                 ):

@@ -49,12 +49,15 @@ def complete(model:BantamForCausalLM, # The model
     begin,(stop_ids,stop) = time.perf_counter(),model.stops(stop_ids, stop)
     how = dict(stop_ids=stop_ids, stop=stop, tokenizer=tokenizer, logprobs=logprobs, **options)
     if draft is None: ask = [(prompts, seed, num_samples)]
-    else: ask = [([p], None if seed is None else seed + n, 1) for n,p in enumerate(p for p in prompts for _ in range(num_samples))]
+    else:
+        ask = [([p], None if seed is None else seed + n, 1)
+               for n,p in enumerate(p for p in prompts for _ in range(num_samples))]
     answers = []
     for some,seed_,n in ask:
         ids,mask = left_pad([prompt_ids(tokenizer, p) for p in some], tokenizer.pad_id)
         ids,mask = (x.to(model.device) for x in (ids, mask))
-        steps = list(model.steps(ids, args, attention_mask=mask, seed=seed_, num_samples=n, draft=draft, **how))
+        steps = list(model.steps(ids, args, attention_mask=mask, seed=seed_, num_samples=n,
+                                 draft=draft, **how))
         for b,row in enumerate(torch.stack([s.ids_B for s in steps], 1).tolist()):
             done = read_out(tokenizer, row, stop_ids, stop)
             said = len(done.ids) + (len(done.ids) < len(row) and row[len(done.ids)] in stop_ids)
@@ -62,8 +65,10 @@ def complete(model:BantamForCausalLM, # The model
             answers.append(done._replace(logprobs=told))
     if log is not None:
         fields = {f.name for f in dataclasses.fields(GenerationArgs)}
-        used = (args or GenerationArgs()).replace(**{k: v for k,v in options.items() if k in fields})
-        log_answers(log, tokenizer, [p for p in prompts for _ in range(num_samples)], answers, used, time.perf_counter() - begin, seed=seed)
+        used = (args or GenerationArgs()).replace(
+            **{k: v for k,v in options.items() if k in fields})
+        log_answers(log, tokenizer, [p for p in prompts for _ in range(num_samples)], answers, used,
+                    time.perf_counter() - begin, seed=seed)
     return answers
 
 def log_answers(path, # A file of JSON lines; made when it is not there
@@ -79,7 +84,8 @@ def log_answers(path, # A file of JSON lines; made when it is not there
     with Path(path).open("a", encoding="utf-8") as f:
         for prompt,done in zip(prompts, answers):
             text = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt))
-            line = params | {"text.prompt": text, "text.output": done.text, "metrics.latency_ms": round(seconds*1e3, 3)}
+            line = params | {"text.prompt": text, "text.output": done.text,
+                             "metrics.latency_ms": round(seconds*1e3, 3)}
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/5_decode/51_generate.ipynb #06b3b1e8

@@ -41,11 +41,12 @@ def bits_per_byte(model:BantamForCausalLM, # Any, quantised or not
     return nats/math.log(2)/size
 
 # %% ../../nbs/5_decode/53_quantize.ipynb #f3707cb5
-KEPT = dict(router="a wrong choice of expert is no small error", kv_b_proj="latent attention reads it as it is", embed_positions="added, not multiplied")
+KEPT = dict(router="a wrong choice of expert is no small error",
+            kv_b_proj="latent attention reads it as it is", embed_positions="added, not multiplied")
 
 def layers_to_pack(model:BantamForCausalLM, # Not quantised
                    kind:str # int8 or int4
-                  )->tuple: # {name: kind} of layers and stacks of matrices; {name: why} of matrices that stay
+                  )->tuple: # {name: kind} of what is packed, {name: why} of what stays
     "What `quantize` rounds, and what it keeps."
     packs,kept = {},{}
     for name,m in model.named_modules():
@@ -65,16 +66,26 @@ def quantize(model:BantamForCausalLM, # Changed in place
             )->BantamForCausalLM: # The same model, in evaluation mode
     "Round a model's weights to whole numbers of 8 or 4 bits, for generation."
     types = dict(bf16="bfloat16", fp32="float32")
-    if kind not in KINDS: raise BantamError(f"cannot quantise to '{kind}'{nearest(str(kind), KINDS)}; use one of {', '.join(KINDS)}")
-    if precision not in types: raise BantamError(f"precision '{precision}' of a quantised model must be one of {', '.join(types)}")
-    if model.quantization: raise BantamError(f"the model is quantised already ({model.quantization['kind']}); begin with the one that it was made of")
-    if kind == "int8" and group_size is not None: raise BantamError("int8 has a distance per row and no groups; leave group_size out, or use int4")
+    if kind not in KINDS:
+        raise BantamError(f"cannot quantise to '{kind}'{nearest(str(kind), KINDS)}; "
+                          f"use one of {', '.join(KINDS)}")
+    if precision not in types:
+        raise BantamError(f"precision '{precision}' of a quantised model must be one of "
+                          f"{', '.join(types)}")
+    if model.quantization:
+        raise BantamError(f"the model is quantised already ({model.quantization['kind']}); "
+                          "begin with the one that it was made of")
+    if kind == "int8" and group_size is not None:
+        raise BantamError("int8 has a distance per row and no groups; leave group_size out, "
+                          "or use int4")
     group = None if kind == "int8" else group_size or 32
     packs,_ = layers_to_pack(model, kind)
     for name in (n for n,k in packs.items() if k == "int4"):
-        at = model.get_parameter(name) if name.endswith("_proj") and ".experts." in name else model.get_submodule(name).weight
+        at = (model.get_parameter(name) if name.endswith("_proj")
+              and ".experts." in name else model.get_submodule(name).weight)
         if group < 2 or group % 2 or at.shape[-1] % group:
-            raise BantamError(f"group_size {group} must be even and divide the width of every matrix; that of {name} is {at.shape[-1]}")
+            raise BantamError(f"group_size {group} must be even and divide the width of every "
+                              f"matrix; that of {name} is {at.shape[-1]}")
     record = dict(kind=kind, group_size=group, dtype=types[precision], packed=packs)
     model.eval().requires_grad_(False)
     pack(model, record).to(getattr(torch, record["dtype"]))
@@ -87,6 +98,8 @@ def weight_bytes(model:nn.Module # Any
     "Memory of parameters and buffers, by part of the model."
     out = {}
     for name,t in [*model.named_parameters(), *model.named_buffers()]:
-        part = next((p for k,p in (("embed", "embeddings"), ("lm_head", "head"), ("norm", "norms"), ("attn", "attention"), ("ffn", "feed-forward")) if k in name), "other")
+        part = next(
+            (p for k,p in (("embed", "embeddings"), ("lm_head", "head"), ("norm", "norms"),
+                           ("attn", "attention"), ("ffn", "feed-forward")) if k in name), "other")
         out[part] = out.get(part, 0) + t.nbytes
     return out | dict(total=sum(out.values()))

@@ -83,7 +83,8 @@ def kv_bytes(config:BantamConfig, # The shape of the model
     kind,total = kind or ("rolling" if endless(config) else "full"),0
     if not endless(config): length = min(length, config.max_position_embeddings)
     for c in map(config.layer, range(config.num_hidden_layers)):
-        groups = c.attention_head_groups or [dict(kv_heads=c.num_key_value_heads, head_dim=c.head_dim)]
+        groups = c.attention_head_groups or [dict(kv_heads=c.num_key_value_heads,
+                                                  head_dim=c.head_dim)]
         width = sum(2*g["kv_heads"]*g["head_dim"] for g in groups)
         if c.attn_type == "mla": width = c.kv_lora_rank + c.qk_rope_head_dim
         most = c.window + c.num_attention_sinks if kind == "rolling" and c.window else length
@@ -92,7 +93,8 @@ def kv_bytes(config:BantamConfig, # The shape of the model
 
 # %% ../../nbs/5_decode/50c_reader.ipynb #fd419832
 def in_precision(model:BantamForCausalLM, # Converted in place
-                 precision:str="auto" # fp32, bf16, fp16 (GPU), or auto: bf16 where the device has units for it
+                 # fp32, bf16, fp16 (GPU), or auto: bf16 where the device has units for it
+                 precision:str="auto"
                 )->BantamForCausalLM: # The same model
     "The model with weights of that many bits, for generation."
     wanted = pick_precision(model.device, precision)
@@ -143,7 +145,8 @@ one_row = OneRow()
 def in_rows(model:BantamForCausalLM # On a CPU
            )->bool:
     "Does one token need no products but those of a matrix and a vector?"
-    fused = lambda c: c.attn_type != "mla" and c.attn_logit_softcapping is None and c.attn_impl != "eager"
+    fused = lambda c: (c.attn_type != "mla" and c.attn_logit_softcapping is None
+                       and c.attn_impl != "eager")
     return model.device.type == "cpu" and all(map(fused, model.shapes))
 
 # %% ../../nbs/5_decode/50c_reader.ipynb #eecfc739
@@ -230,7 +233,8 @@ def ahead(self:Reader,
     "How many more columns may come in one pass and get the scores that they get one by one."
     n,room = T - self.first,10**9 if self.context is None else self.context - (T - self.first)
     for s in self.grows:
-        trained = s.get("original_max_position_embeddings") or self.model.config.max_position_embeddings
+        trained = (s.get("original_max_position_embeddings")
+                   or self.model.config.max_position_embeddings)
         if not (s["type"] == "longrope" and n > trained): room = min(room, trained - n)
     return max(0, room)
 

@@ -44,7 +44,7 @@ def distribution(logits_NV:Tensor, # Scores of the next token behind N texts
 
 def growing(ids_1T:Tensor, # One text
             n:int # How many of its beginnings
-           )->Tensor: # (n, T): the text without its last n-1 tokens, ..., the whole text; -1 in front
+           )->Tensor: # (n,T): text without the last n-1 tokens, ..., whole; -1 in front
     "The last `n` beginnings of a text, aligned at their ends."
     T = ids_1T.shape[1]
     padded = F.pad(ids_1T, (n - 1, 0), value=-1)
@@ -62,8 +62,10 @@ class Draft:
                 ):
         if ahead < 1: raise BantamError(f"ahead must be at least 1 guess, got {ahead}")
         if not 0 <= sure <= 1: raise BantamError(f"sure must be from 0 to 1, got {sure}")
-        if tokenizer is not None and target_tokenizer is not None and tokenizer.fingerprint != target_tokenizer.fingerprint:
-            raise BantamError("the draft speaks other tokens than the model: their tokenizers have different "
+        if (tokenizer is not None and target_tokenizer is not None
+            and tokenizer.fingerprint != target_tokenizer.fingerprint):
+            raise BantamError("the draft speaks other tokens than the model: "
+                              "their tokenizers have different "
                               "fingerprints; train the draft with the tokenizer of the model")
         self.model,self.ahead,self.sure = model,ahead,sure
         self.guessed = self.kept = self.passes = self.tokens = 0
@@ -76,7 +78,8 @@ class Draft:
     @property
     def report(self)->str:
         "What came of it, in a line."
-        return (f"{self.tokens} tokens in {self.passes} passes, {self.tokens/max(1, self.passes):.2f} tokens each; "
+        return (f"{self.tokens} tokens in {self.passes} passes, "
+                f"{self.tokens/max(1, self.passes):.2f} tokens each; "
                 f"{self.kept} of {self.guessed} guesses kept ({self.acceptance:.0%})")
 
 # %% ../../nbs/5_decode/52_speculate.ipynb #a6cab0d2
@@ -122,7 +125,8 @@ def round(self:Draft,
         if not kept: break
     else: said.append(sample(p_NV[n:].log(), torch.tensor([u[n][0]])).item())
     for r in (target, reader): r.forget(T + len(said) - 1)
-    for name,more in dict(guessed=n, kept=len(said) - 1, passes=1, tokens=len(said)).items(): setattr(self, name, getattr(self, name) + more)
+    for name,more in dict(guessed=n, kept=len(said) - 1, passes=1, tokens=len(said)).items():
+        setattr(self, name, getattr(self, name) + more)
     return said,[z_NV[i].log_softmax(-1)[id].item() for i,id in enumerate(said)]
 
 # %% ../../nbs/5_decode/52_speculate.ipynb #92d6376d
@@ -139,13 +143,15 @@ def steps(self:Draft,
          )->Iterator: # of `Step`
     "What the decoding loop yields, in fewer passes of the large model."
     if self.model.config.vocab_size != model.config.vocab_size:
-        raise BantamError(f"the draft knows {self.model.config.vocab_size} tokens, the model {model.config.vocab_size}; they must share a tokenizer")
+        raise BantamError(f"the draft knows {self.model.config.vocab_size} tokens, "
+                          f"the model {model.config.vocab_size}; they must share a tokenizer")
     real = (prompts_1T < 0).sum(1)
     ids_1T,over = prompts_1T[:, real[0]:],ends.watch()
     T,gen = ids_1T.shape[1],torch.Generator().manual_seed(int(u_1T[0, 0].item() * 2**24))
     zero,most = torch.zeros_like(real),T + max_new_tokens
     with evaluating(self.model), torch.inference_mode():
-        target,reader = (Reader(m, zero, use_cache, most=most, slack=self.ahead + 1) for m in (model, self.model))
+        target,reader = (Reader(m, zero, use_cache, most=most, slack=self.ahead + 1)
+                         for m in (model, self.model))
     while ids_1T.shape[1] < most:
         with evaluating(self.model), torch.inference_mode():
             said,told = self.round(target, reader, ids_1T, most - ids_1T.shape[1], rules, gen)

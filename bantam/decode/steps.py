@@ -31,7 +31,8 @@ class Ends:
                  texts=(), # Strings that are not empty
                  tokenizer=None # Needed for texts
                 ):
-        if texts and tokenizer is None: raise BantamError("stop needs the tokenizer: pass tokenizer=")
+        if texts and tokenizer is None:
+            raise BantamError("stop needs the tokenizer: pass tokenizer=")
         self.ids,self.texts,self.tokenizer = ids,texts,tokenizer
 
     def watch(self): # A function: the next id -> does the answer end with it?
@@ -121,12 +122,15 @@ def searched(reader:Reader, # Feeds the model; has read nothing yet
              pad_id:int # Fills rows that have ended
             )->Iterator: # of `Step`
     "The likeliest answers, step by step."
-    found = beam_search(reader, prompts_BT, args.num_beams, args.max_new_tokens, ends, len(ends.ids) + 3*bool(ends.texts) or 1,
+    found = beam_search(reader, prompts_BT, args.num_beams, args.max_new_tokens, ends,
+                        len(ends.ids) + 3*bool(ends.texts) or 1,
                         args.length_penalty, args.repetition_penalty, args.no_repeat_ngram_size)
     best = [beam for beams in found for beam in beams[:num_samples]]
     for t in range(max(len(b.ids) for b in best)):
-        yield Step(torch.tensor([b.ids[t] if t < len(b.ids) else pad_id for b in best], device=prompts_BT.device),
-                   torch.tensor([b.logprobs[t] if t < len(b.ids) else 0. for b in best], device=prompts_BT.device))
+        yield Step(torch.tensor([b.ids[t] if t < len(b.ids) else pad_id for b in best],
+                                device=prompts_BT.device),
+                   torch.tensor([b.logprobs[t] if t < len(b.ids) else 0. for b in best],
+                                device=prompts_BT.device))
 
 # %% ../../nbs/5_decode/50e_steps.ipynb #a8e9c918
 @patch
@@ -146,21 +150,27 @@ def stops(self:BantamForCausalLM,
 # %% ../../nbs/5_decode/50e_steps.ipynb #3ca283e8
 def contradicts(args:GenerationArgs, # How
                 settings:dict, # What the caller asked for by name
-                **given # What else was given: constraint, draft, compile, use_cache, num_samples, rows
+                **given # Also given: constraint, draft, compile, use_cache, num_samples, rows
                )->None:
     "Refuse what would be without effect."
     off = dict(temperature=0, top_k=0, top_p=1, min_p=0)
     if args.num_beams > 1:
-        for name in [k for k in off if settings.get(k, off[k]) != off[k]] + [k for k in ("constraint", "draft") if given[k]]:
-            raise BantamError(f"{name} cannot be combined with num_beams: a search draws nothing and forks its answers; leave one of them out")
+        for name in [k for k in off if settings.get(k, off[k]) != off[k]] + [
+            k for k in ("constraint", "draft") if given[k]]:
+            raise BantamError(f"{name} cannot be combined with num_beams: "
+                              "a search draws nothing and forks its answers; leave one of them out")
         if given["num_samples"] > args.num_beams:
-            raise BantamError(f"num_samples is {given['num_samples']}, but a search with {args.num_beams} beams has no more answers")
-    if given["compile"] and not given["use_cache"]: raise BantamError("compile needs the cache: leave use_cache=False out")
+            raise BantamError(f"num_samples is {given['num_samples']}, "
+                              f"but a search with {args.num_beams} beams has no more answers")
+    if given["compile"] and not given["use_cache"]:
+        raise BantamError("compile needs the cache: leave use_cache=False out")
     if given["draft"] is None: return
     for name in ("constraint", "compile"):
-        if given[name]: raise BantamError(f"{name} cannot be combined with draft; leave one of them out")
+        if given[name]:
+            raise BantamError(f"{name} cannot be combined with draft; leave one of them out")
     if given["rows"] != 1:
-        raise BantamError(f"a draft works for one row at a time, here are {given['rows']}; `complete` answers prompts one after another")
+        raise BantamError(f"a draft works for one row at a time, here are {given['rows']}; "
+                          "`complete` answers prompts one after another")
 
 def one_per_row(constraint, # One object, a list of objects and Nones, or None
                 rows:int # B
@@ -193,21 +203,29 @@ def steps(self:BantamForCausalLM,
          )->Iterator: # of `Step`
     "Generate step by step, with everything that there is to know about a step."
     args = (args or GenerationArgs()).replace(**settings)
-    start_B,ends = first_real(self, input_ids, attention_mask),Ends(*self.stops(stop_ids, stop), tokenizer)
+    start_B,ends = (first_real(self, input_ids, attention_mask),
+                    Ends(*self.stops(stop_ids, stop), tokenizer))
     if num_samples < 1: raise BantamError(f"num_samples must be at least 1, got {num_samples}")
-    contradicts(args, settings, constraint=constraint, draft=draft, compile=compile, use_cache=use_cache,
+    contradicts(args, settings, constraint=constraint, draft=draft, compile=compile,
+                use_cache=use_cache,
                 num_samples=num_samples, rows=len(input_ids)*num_samples)
-    if args.num_beams == 1: input_ids,start_B = (x.repeat_interleave(num_samples, 0) for x in (input_ids, start_B))
+    if args.num_beams == 1:
+        input_ids,start_B = (x.repeat_interleave(num_samples, 0) for x in (input_ids, start_B))
     (B,T),constraints = input_ids.shape,one_per_row(constraint, len(input_ids))
-    columns_T,pad_id,N = torch.arange(T, device=input_ids.device),self.config.pad_token_id,args.max_new_tokens
+    columns_T,pad_id,N = (torch.arange(T, device=input_ids.device),self.config.pad_token_id,
+                          args.max_new_tokens)
     prompts_BT = input_ids.masked_fill(columns_T < start_B[:, None], -1)
     u_BT = darts(seed, B, N).to(input_ids.device)
-    rules = {k: v for k,v in dataclasses.asdict(args).items() if k not in ("max_new_tokens", "num_beams", "length_penalty")}
+    rules = {k: v for k,v in dataclasses.asdict(args).items()
+             if k not in ("max_new_tokens", "num_beams", "length_penalty")}
     def run():
         with evaluating(self):
-            if draft: return (yield from draft.steps(self, prompts_BT, rules, N, ends, u_BT, logprobs, use_cache))
+            if draft:
+                return (yield from draft.steps(self, prompts_BT, rules, N, ends, u_BT,
+                                               logprobs, use_cache))
             reader = Reader(self, start_B, use_cache, most=T + N, compile=compile)
-            if args.num_beams > 1: return (yield from searched(reader, prompts_BT, args, ends, num_samples, pad_id))
+            if args.num_beams > 1:
+                return (yield from searched(reader, prompts_BT, args, ends, num_samples, pad_id))
             said_BT = torch.cat([prompts_BT, input_ids.new_zeros(B, N)], 1)
             yield from drawn(reader, said_BT, T, rules, ends, u_BT, constraints, logprobs, pad_id)
     return run()
@@ -220,7 +238,8 @@ def stream(self:BantamForCausalLM,
            **options # Those of `steps`, fields of `GenerationArgs` among them
           )->Iterator: # of (B*num_samples,) ids; an ended row says the pad id
     """Generate step by step. A text longer than `max_position_embeddings`, by a long prompt or
-    a long answer, goes on with the last three quarters of the context, or for ever where every layer has a window."""
+    a long answer, goes on with the last three quarters of the context, or for ever where
+    every layer has a window."""
     steps = self.steps(input_ids, args, **options)
     def ids():
         with closing(steps):

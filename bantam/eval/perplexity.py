@@ -24,7 +24,8 @@ def evaluate_model(model, # A `BantamForCausalLM`
                   )->dict: # `loss` in nats per token, `perplexity`, `bits_per_byte`
     "Held-out loss of a model, where the model lives."
     lengths_V = None if tokenizer is None else byte_lengths(tokenizer)
-    return measure(model, islice(loader, max_batches), next(model.parameters()).device, precision, lengths_V)
+    return measure(model, islice(loader, max_batches), next(model.parameters()).device,
+                   precision, lengths_V)
 
 # %% ../../nbs/8_eval/80_perplexity.ipynb #dacbe05f
 def target_counts(loader, # Batches
@@ -37,14 +38,17 @@ def target_counts(loader, # Batches
         there = batch.y_BT >= 0
         weights = None if batch.loss_weights is None else batch.loss_weights[there].double()
         counts_V += torch.bincount(batch.y_BT[there], weights, minlength=vocab_size)
-    if not counts_V.any(): raise BantamError("the batches have no targets to count; check the loss mask, or use more documents")
+    if not counts_V.any():
+        raise BantamError("the batches have no targets to count; check the loss mask, "
+                          "or use more documents")
     return counts_V
 
 def uniform_floor(held_V:Tensor, # `target_counts` of held-out text
                   lengths_V:Tensor # `byte_lengths` of the tokenizer
                  )->dict: # `loss`, `perplexity`, `bits_per_byte`
     "What a model pays that gives every token the same chance."
-    return three_ways(held_V.sum().item() * math.log(len(held_V)), held_V.sum().item(), (held_V*lengths_V).sum().item())
+    return three_ways(held_V.sum().item() * math.log(len(held_V)), held_V.sum().item(),
+                      (held_V*lengths_V).sum().item())
 
 def unigram_floor(train_V:Tensor, # `target_counts` of training text
                   held_V:Tensor, # `target_counts` of held-out text
@@ -52,4 +56,5 @@ def unigram_floor(train_V:Tensor, # `target_counts` of training text
                  )->dict: # `loss`, `perplexity`, `bits_per_byte`
     "What a model pays that has counted tokens, and forgets what came before."
     logp_V = ((train_V+1) / (train_V+1).sum()).log()
-    return three_ways(-(held_V*logp_V).sum().item(), held_V.sum().item(), (held_V*lengths_V).sum().item())
+    return three_ways(-(held_V*logp_V).sum().item(), held_V.sum().item(),
+                      (held_V*lengths_V).sum().item())

@@ -48,7 +48,8 @@ def active_parameters(self:BantamForCausalLM)->int:
                for name,n in sizes(b) if ".experts." in name)
     return self.num_parameters() - round(idle)
 
-PARTS = ("embed", "lm_head", "experts", "router", "shared", "attn", "ffn", "norm") # The first that a name holds
+# The first that a name holds
+PARTS = ("embed", "lm_head", "experts", "router", "shared", "attn", "ffn", "norm")
 
 @patch
 def parts(self:BantamForCausalLM)->dict: # {part: parameters}
@@ -66,15 +67,18 @@ def keys_seen(config:BantamConfig, # The shape as a layer sees it
              )->float: # Mean number of keys that a query sees
     "Causal, within the window, and the sinks before it."
     T,W = seq_len,min(config.window or seq_len, seq_len)
-    past,few = T - W,min(config.num_attention_sinks, T - W) # queries beyond the window; sinks that come out of it one by one
+    # queries beyond the window; sinks that come out of it one by one
+    past,few = T - W,min(config.num_attention_sinks, T - W)
     return W - W*(W - 1)/(2*T) + (few*(few + 1)/2 + (past - few)*few)/T
 
 def attention_width(config:BantamConfig # The shape as a layer sees it
                    )->int: # Widths of a key and a value, over all query heads
     "How many numbers of keys and values a query meets, per key."
     c = config
-    if c.attn_type == "mla": return c.num_attention_heads*(c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    if c.attention_head_groups: return sum(2*g["query_heads"]*g["head_dim"] for g in c.attention_head_groups)
+    if c.attn_type == "mla":
+        return c.num_attention_heads*(c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    if c.attention_head_groups:
+        return sum(2*g["query_heads"]*g["head_dim"] for g in c.attention_head_groups)
     return 2*c.num_attention_heads*c.head_dim
 
 @patch
@@ -85,7 +89,8 @@ def flops_per_token(self:BantamForCausalLM,
     matrices = self.head_weight.numel()
     for block,c in zip(self.layers, self.shapes):
         for n,p in block.named_parameters():
-            if n.endswith(("weight", "_proj")) and p.dim() > 1: matrices += p.numel()*(expert_share(c) if ".experts." in n else 1)
+            if n.endswith(("weight", "_proj")) and p.dim() > 1:
+                matrices += p.numel()*(expert_share(c) if ".experts." in n else 1)
     return 6*(matrices + sum(keys_seen(c, seq_len)*attention_width(c) for c in self.shapes))
 
 # %% ../../nbs/3_model/39b_account.ipynb #3e74ac14
@@ -94,20 +99,24 @@ def kept_probs(config:BantamConfig, # The shape as a layer sees it
               )->float: # Mean number of probabilities that a query keeps, for each head
     "What the tiles of attention keep for the way back."
     c,T = config,seq_len
-    widths = [min(end, (c.window or T) + TILE) + c.num_attention_sinks*(c.window is not None) for end in range(TILE, T + TILE, TILE)]
+    widths = [min(end, (c.window or T) + TILE) + c.num_attention_sinks*(c.window is not None)
+              for end in range(TILE, T + TILE, TILE)]
     rows = [min(TILE, T - i*TILE) for i in range(len(widths))]
     return sum(n*min(w, T) for n,w in zip(rows, widths) if min(w, T) <= KEEP)/T
 
 def block_bytes(config:BantamConfig, # The shape as a layer sees it
                 seq_len:int, # Length of the rows
                 width:int=4, # Bytes of a number in a matrix product: 4 for fp32, 2 for bf16
-                fused:bool=False # Does one kernel do the attention, keeping no probabilities? So on a GPU
+                # Does one kernel do the attention, keeping no probabilities? So on a GPU
+                fused:bool=False
                )->float: # Bytes per token
     "What a block keeps for the way back."
     c,k = config,1 if config.expert_type == "dense" else config.num_experts*expert_share(config)
-    inner = c.intermediate_size if c.expert_type == "dense" else (c.moe_intermediate_size or c.intermediate_size)*(k + c.moe_num_shared)
+    inner = c.intermediate_size if c.expert_type == "dense" else (
+        c.moe_intermediate_size or c.intermediate_size)*(k + c.moe_num_shared)
     parts = (3 if c.ffn_type in ("swiglu", "geglu", "reglu", "glu", "clipped_swiglu") else 2)*inner
-    gathered = 0 if c.expert_type == "dense" else (2*k + 1)*c.hidden_size # each expert's own copy of its tokens, what it gives, and the sum
+    # each expert's own copy of its tokens, what it gives, and the sum
+    gathered = 0 if c.expert_type == "dense" else (2*k + 1)*c.hidden_size
     K = attention_width(c)//2
     probs = 0 if fused else c.num_attention_heads*kept_probs(c, seq_len)
     keys = 2*K*c.num_key_value_heads//c.num_attention_heads
@@ -121,35 +130,46 @@ def moments(self:BantamForCausalLM,
             width:int=4, # Bytes of a number in a matrix product
             optimizer:str|int="muon", # `muon`, `adamw`, or the bytes of its state
             accum_steps:int=1, # Micro-batches of a step
-            checkpointing:bool|None=None, # Compute the activations again; None is as the model stands
+            # Compute the activations again; None is as the model stands
+            checkpointing:bool|None=None,
             fused:bool=False # See `block_bytes`
            )->dict: # {moment: {what: bytes}}
     "Memory at the four moments of a step that may be the fullest."
     P,N,c = self.num_parameters(),batch_size*seq_len,self.config
-    hidden,V,D = sum(p.numel() for n,p in self.layers.named_parameters() if p.dim() > 1 and "router" not in n),c.vocab_size,c.hidden_size
-    state = optimizer if isinstance(optimizer, int) else 4*(2*P - (hidden if optimizer == "muon" else 0))
+    hidden,V,D = sum(p.numel() for n,p in self.layers.named_parameters() if p.dim() > 1
+                     and "router" not in n),c.vocab_size,c.hidden_size
+    state = optimizer if isinstance(optimizer,
+                                    int) else 4*(2*P - (hidden if optimizer == "muon" else 0))
     again = self.gradient_checkpointing if checkpointing is None else checkpointing
-    blocks,narrow = [N*block_bytes(s, seq_len, width, fused) for s in self.shapes],width if width < 4 else 0
-    stream = 5*D*N + (4*D*N*len(blocks) if again else sum(blocks)) + narrow*hidden # the last norm, the blocks, narrow copies of the weights
+    blocks,narrow = ([N*block_bytes(s, seq_len, width, fused) for s in self.shapes],
+                     width if width < 4 else 0)
+    # the last norm, the blocks, narrow copies of the weights
+    stream = 5*D*N + (4*D*N*len(blocks) if again else sum(blocks)) + narrow*hidden
     rows = max(64, min(1024, 2**24//V))
-    logits = (4 + narrow)*V*min(N, rows) + narrow*(2*V*D + N*D) # the head in narrow numbers, and what a chunk adds to its gradient
+    # the head in narrow numbers, and what a chunk adds to its gradient
+    logits = (4 + narrow)*V*min(N, rows) + narrow*(2*V*D + N*D)
     grads,head = 4*P if accum_steps > 1 else 0,4*(V*D + N*D)
     held = dict(weights=4*P, optimizer=state)
-    return {"loss": held | dict(gradients=grads, activations=stream) | {"logits and their gradients": logits + head},
-            "way back": held | dict(gradients=4*P, activations=stream/2 if not again else 5*D*N + 1.25*max(blocks)),
+    return {"loss": held | dict(gradients=grads, activations=stream)
+            | {"logits and their gradients": logits + head},
+            "way back": held | dict(
+                gradients=4*P, activations=stream/2 if not again else 5*D*N + 1.25*max(blocks)),
             "shared table": held | dict(gradients=4*P + 8*V*D*c.tie_word_embeddings, activations=0),
-            "optimiser": held | dict(gradients=4*P, activations=0) | {"optimiser's workspace": 10*min(hidden, 2**22)*(state < 8*P)}}
+            "optimiser": held | dict(gradients=4*P, activations=0)
+            | {"optimiser's workspace": 10*min(hidden, 2**22)*(state < 8*P)}}
 
 @patch
 def step_bytes(self:BantamForCausalLM,
                batch_size:int, # Rows of a micro-batch
                seq_len:int, # Their length
                width:int=4, # Bytes of a number in a matrix product
-               optimizer:str|int="muon", # `muon` keeps one number per weight of a hidden matrix, AdamW two; or the bytes of its state
+               # `muon` keeps a number per hidden weight, AdamW two; or bytes of state
+               optimizer:str|int="muon",
                **how # `accum_steps`, `checkpointing` and `fused` of `moments`
               )->dict: # {what: bytes}
     "Memory of a training step by kind, at its fullest moment."
-    return max(self.moments(batch_size, seq_len, width, optimizer, **how).values(), key=lambda m: sum(m.values()))
+    return max(self.moments(batch_size, seq_len, width, optimizer, **how).values(),
+               key=lambda m: sum(m.values()))
 
 # %% ../../nbs/3_model/39b_account.ipynb #4a611601
 @dataclass
@@ -164,7 +184,8 @@ class Description:
 
     def __str__(self)->str: # The table
         line = lambda what, value: f"  {what:<24}{value:>10}"
-        rows = [self.name, line("parameters", human(self.total)), line("active", human(self.active))]
+        rows = [self.name, line("parameters", human(self.total)),
+                line("active", human(self.active))]
         rows += [line("  " + k, human(n)) for k,n in self.parts.items()] + ["memory of a step, MB"]
         rows += [line("  " + k, f"{n/2**20:,.0f}") for k,n in self.memory.items()]
         return "\n".join(rows + [line("operations a token", human(self.flops))])
@@ -179,9 +200,14 @@ def describe(self:BantamConfig,
             )->Description:
     "Parameters, memory and work of this shape; nothing is allocated."
     T = seq_len or self.max_position_embeddings
-    if batch_size < 1 or T < 1: raise BantamError(f"describe needs a batch_size and a seq_len of at least 1, got {batch_size} and {T}")
+    if batch_size < 1 or T < 1:
+        raise BantamError("describe needs a batch_size and a seq_len of at least 1, "
+                          f"got {batch_size} and {T}")
     with torch.device("meta"): m = BantamForCausalLM(self)
-    cached = sum(c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla" else attention_width(c)*c.num_key_value_heads//c.num_attention_heads for c in m.shapes)
-    memory = m.step_bytes(batch_size, T, width) | {"KV cache (generation)": batch_size*T*cached*width}
+    cached = sum(c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla" else attention_width(
+        c)*c.num_key_value_heads//c.num_attention_heads for c in m.shapes)
+    memory = m.step_bytes(batch_size, T, width) | {
+        "KV cache (generation)": batch_size*T*cached*width}
     L,D = self.num_hidden_layers,self.hidden_size
-    return Description(f"{L} layers of width {D}, {batch_size} x {T} tokens", m.num_parameters(), m.active_parameters(), m.parts(), memory, m.flops_per_token(T))
+    return Description(f"{L} layers of width {D}, {batch_size} x {T} tokens", m.num_parameters(),
+                       m.active_parameters(), m.parts(), memory, m.flops_per_token(T))

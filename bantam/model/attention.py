@@ -201,9 +201,11 @@ def turned(self:Heads,
           )->tuple: # q (B,H,T,K), k and v (B,G,S,K)
     "Positions in, cached tokens before the new ones."
     (H,G,K),late = self.shape,self.moves and cache is not None
-    table,single = angles.of(K, self.config),qkv_BTNK.shape[1] == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    table,single = angles.of(K, self.config),qkv_BTNK.shape[1] == 1 and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling())
     if table is None or late: q,k,v = (t.transpose(1, 2) for t in qkv_BTNK.split([H, G, G], 2))
-    elif single and 2*table[0].shape[-1] == K: q,k,v = turn_one(qkv_BTNK, *angles.doubled(table), H, G)
+    elif single and 2*table[0].shape[-1] == K:
+        q,k,v = turn_one(qkv_BTNK, *angles.doubled(table), H, G)
     else: q,k,v = rotary_heads(qkv_BTNK, *table, H, G)
     if cache is None: return q, k, v
     places = cache.places(self.slot, q.shape[2]) if late else None
@@ -223,7 +225,8 @@ class Attention(Heads):
                 ):
         H,G,K = config.num_attention_heads,config.num_key_value_heads,config.head_dim
         super().__init__(config, layer, (H, G, K))
-        self.qkv_proj = Linear(config.hidden_size, (H + 2*G)*K, config.attention_bias) # rows: q, k, v
+        # rows: q, k, v
+        self.qkv_proj = Linear(config.hidden_size, (H + 2*G)*K, config.attention_bias)
         self.qkv_proj.muon_splits = (K,) * (H + 2*G) # Muon: each head by itself
         self.o_proj = Linear(H * K, config.hidden_size, config.attention_bias)
 

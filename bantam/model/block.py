@@ -61,7 +61,7 @@ class Block(nn.Module):
 @patch
 def kept(self:Block,
          x_BTD:Tensor # Residual stream
-        )->Tensor|None: # (B,1,1) 0 for a sequence that leaves the block out; None when all take part
+        )->Tensor|None: # (B,1,1) 0 for a sequence that leaves it out; None: all take part
     "Who takes part in this block, and how much the block counts for them."
     if not (self.training and self.skip): return None
     return x_BTD.new_empty(len(x_BTD), 1, 1).bernoulli_(1 - self.skip)/(1 - self.skip)

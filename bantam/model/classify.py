@@ -26,7 +26,9 @@ def last_token(attention_mask:Tensor # (B,T) 1 for a token, 0 for padding
               )->Tensor: # (B,) place of the last token
     "Where each row's text ends; a row without a token is refused."
     empty = (attention_mask.sum(1) == 0).nonzero()
-    if len(empty): raise BantamError(f"row {int(empty[0])} has no token: its attention_mask is 0 throughout; leave the row out")
+    if len(empty):
+        raise BantamError(f"row {int(empty[0])} has no token: its attention_mask is 0 throughout; "
+                          "leave the row out")
     T = attention_mask.shape[1]
     return (attention_mask.long() * torch.arange(1, T + 1, device=attention_mask.device)).argmax(1)
 
@@ -51,7 +53,8 @@ class BantamForSequenceClassification(nn.Module):
 
     def forward(self,
                 input_ids:Tensor, # (B,T) ids
-                attention_mask:Tensor|None=None, # (B,T) 1 for a token, 0 for padding; None has no padding
+                # (B,T) 1 for a token, 0 for padding; None has no padding
+                attention_mask:Tensor|None=None,
                 labels:Tensor|None=None # (B,) the right class of each row
                )->Classified:
         check_ids(input_ids, self.model.config.vocab_size)
@@ -61,7 +64,9 @@ class BantamForSequenceClassification(nn.Module):
         logits = self.score(h_BD).float()
         if labels is None: return Classified(logits)
         bad = ((labels < 0) | (labels >= self.num_labels)).nonzero()
-        if len(bad): raise BantamError(f"label {int(labels[bad[0]])} of row {int(bad[0])} is no class from 0 to {self.num_labels - 1}")
+        if len(bad):
+            raise BantamError(f"label {int(labels[bad[0]])} of row {int(bad[0])} is no class from "
+                              f"0 to {self.num_labels - 1}")
         return Classified(logits, F.cross_entropy(logits, labels))
 
 # %% ../../nbs/3_model/39d_classify.ipynb #e444ba19
@@ -71,7 +76,8 @@ def save_pretrained(self:BantamForSequenceClassification,
                    )->Path: # The folder
     "Write `model.safetensors`, `config.json` and `classes.json`, durably."
     with new_folder(Path(folder)) as tmp:
-        write_tensors({n: t.contiguous() for n,t in self.state_dict().items()}, tmp/"model.safetensors")
+        write_tensors({n: t.contiguous() for n,t in self.state_dict().items()},
+                      tmp/"model.safetensors")
         write_json(tmp/"config.json", self.model.config.to_dict())
         write_json(tmp/"classes.json", dict(num_labels=self.num_labels))
     return Path(folder)
@@ -83,11 +89,15 @@ def from_pretrained(cls:BantamForSequenceClassification,
     "The classifier of a folder, in evaluation mode."
     folder = Path(folder)
     if not (folder/"classes.json").is_file():
-        raise BantamError(f"{folder} holds no classifier (no classes.json); start one with BantamForSequenceClassification(model, num_labels)")
-    with torch.device("meta"): model = cls(BantamForCausalLM(BantamConfig(**read_json(folder/"config.json"))), read_json(folder/"classes.json")["num_labels"])
+        raise BantamError(f"{folder} holds no classifier (no classes.json); "
+                          "start one with BantamForSequenceClassification(model, num_labels)")
+    with torch.device("meta"):
+        model = cls(BantamForCausalLM(BantamConfig(**read_json(folder/"config.json"))),
+                    read_json(folder/"classes.json")["num_labels"])
     tensors = read_tensors(folder/"model.safetensors")
     trunk = {n.removeprefix("model."): t for n,t in tensors.items() if n.startswith("model.")}
     fill(model.model, trunk, folder/"model.safetensors")
     model.score.to_empty(device="cpu")
-    model.score.load_state_dict({n.removeprefix("score."): t for n,t in tensors.items() if n.startswith("score.")})
+    model.score.load_state_dict(
+        {n.removeprefix("score."): t for n,t in tensors.items() if n.startswith("score.")})
     return model.eval()

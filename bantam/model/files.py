@@ -47,25 +47,33 @@ def write_tensors(tensors:dict, # {name: tensor}
         head = json.loads(f.read(size))
         head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
         text = json.dumps(head, separators=(",", ":")).encode().ljust(size)
-        if len(text) != size: raise BantamError(f"{path}: the header grew from {size} to {len(text)} bytes; is a name of a tensor not ASCII?")
+        if len(text) != size:
+            raise BantamError(f"{path}: the header grew from {size} to {len(text)} bytes; "
+                              "is a name of a tensor not ASCII?")
         f.seek(8); f.write(text)
     for told in WATCHING: told(path, tensors)
 
 # %% ../../nbs/3_model/39a_files.ipynb #e8b7b6c4
-WATCHING:list = [] # Called with the path and the tensors of each file that `write_tensors` has finished
+# Called with the path and the tensors of each file that `write_tensors` has finished
+WATCHING:list = []
 
 def sha256_written(file, # The open file, just written from `tensors`
                    tensors:dict # {name: tensor}, not changed since
                   )->str: # 64 hexadecimal digits: the SHA-256 that the file must have
-    "The hash of a safetensors file without reading it back: its header from the file, its numbers from memory."
+    """The hash of a safetensors file without reading it back: its header from the file, its numbers
+    from memory."""
     size = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
     start = os.pread(file.fileno(), 8 + size, 0)
-    places = {n: v["data_offsets"][0] for n,v in json.loads(start[8:]).items() if n != "__metadata__"}
+    places = {n: v["data_offsets"][0] for n,v in json.loads(start[8:]).items()
+              if n != "__metadata__"}
     sha,length = hashlib.sha256(start),len(start)
-    for name in sorted(places, key=lambda n: (places[n], tensors[n].numel())): # an empty tensor begins where the next one does
+    # an empty tensor begins where the next one does
+    for name in sorted(places, key=lambda n: (places[n], tensors[n].numel())):
         data = numbers(tensors[name])
         sha.update(data); length += len(data)
-    if length != os.fstat(file.fileno()).st_size: raise BantamError(f"{file.name} has other bytes than its {len(places)} tensors; was it written by two programs at once?")
+    if length != os.fstat(file.fileno()).st_size:
+        raise BantamError(f"{file.name} has other bytes than its {len(places)} tensors; "
+                          "was it written by two programs at once?")
     return sha.hexdigest()
 
 # %% ../../nbs/3_model/39a_files.ipynb #4e99219c
@@ -73,7 +81,8 @@ def sha256_written(file, # The open file, just written from `tensors`
 def save_pretrained(self:BantamForCausalLM,
                     folder # Where to; made or replaced whole, other files in it are kept
                    )->Path: # The folder
-    "Write `model.safetensors`, `config.json` and, of a quantised model, `quantization.json`, durably."
+    """Write `model.safetensors`, `config.json` and, of a quantised model, `quantization.json`,
+    durably."""
     folder = Path(folder)
     if folder.is_file(): raise BantamError(f"{folder} is a file; give a folder to save in")
     others = list(folder.iterdir()) if folder.exists() else []
@@ -83,7 +92,8 @@ def save_pretrained(self:BantamForCausalLM,
     with new_folder(folder) as tmp:
         try:
             for p in others:
-                if p.name not in ("model.safetensors", "config.json", "quantization.json"): shutil.copy2(p, tmp/p.name)
+                if p.name not in ("model.safetensors", "config.json", "quantization.json"):
+                    shutil.copy2(p, tmp/p.name)
             write_tensors(tensors, tmp/"model.safetensors")
         except (OSError, SafetensorError) as e:
             raise BantamError(f"cannot write {folder}: {e}; free space or choose another") from e
@@ -128,7 +138,8 @@ def fill(model:BantamForCausalLM, # Built on the `meta` device
          where # Their file, for messages
         )->BantamForCausalLM: # On the CPU, in evaluation mode
     "Give a model memory and weights; buffers that are not saved begin at zero."
-    model._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype)) # `to_empty` imports a whole computer algebra for this
+    # `to_empty` imports a whole computer algebra for this
+    model._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype))
     model.load_weights(tensors, where)
     return model.eval()
 
@@ -154,9 +165,12 @@ def lay_out(model:BantamForCausalLM, # On the `meta` device
     "Give a model the packed layers that the file lists."
     record = read_json(file)
     fields = {"kind": str, "group_size": (int, type(None)), "dtype": str, "packed": dict}
-    wrong = not isinstance(record, dict) or record.keys() != fields.keys() or not all(isinstance(record[k], t) for k,t in fields.items())
+    wrong = (not isinstance(record, dict) or record.keys() != fields.keys()
+             or not all(isinstance(record[k], t) for k,t in fields.items()))
     if wrong or record["dtype"] not in ("bfloat16", "float32"):
-        raise BantamError(f"{file} is no record of a quantised model: it must hold {', '.join(fields)}, dtype one of bfloat16, float32; take another copy")
+        raise BantamError(f"{file} is no record of a quantised model: "
+                          f"it must hold {', '.join(fields)}, dtype one of bfloat16, float32; "
+                          "take another copy")
     try: pack(model, record)
     except BantamError as e: raise BantamError(f"{file}: {e}") from None
     model.to(getattr(torch, record["dtype"]))

@@ -25,7 +25,8 @@ class GroupedAttention(nn.Module):
                 ):
         super().__init__()
         D,first,made,groups = config.hidden_size,0,[],config.attention_head_groups
-        self.config,self.shapes = config,[(g["query_heads"], g["kv_heads"], g["head_dim"]) for g in groups]
+        self.config,self.shapes = config,[(g["query_heads"], g["kv_heads"], g["head_dim"])
+                                          for g in groups]
         for i,shape in enumerate(self.shapes):
             made.append(Heads(config, (layer, i), shape, first))
             first += shape[0]

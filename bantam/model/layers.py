@@ -32,7 +32,8 @@ class Linear(nn.Linear):
                  bias:bool=False # Add a learned constant to every output
                 ):
         if min(in_features, out_features) < 1:
-            raise BantamError(f"a linear layer needs widths above 0, got {in_features} -> {out_features}")
+            raise BantamError("a linear layer needs widths above 0, "
+                              f"got {in_features} -> {out_features}")
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self)->None:

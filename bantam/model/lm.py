@@ -130,7 +130,8 @@ def train(self:BantamForCausalLM,
          )->nn.Module: # This model
     "Into training, or out of it; a quantised model stays out."
     if mode and self.quantization:
-        raise BantamError("a quantised model cannot be trained: its weights are whole numbers; train the "
+        raise BantamError("a quantised model cannot be trained: its weights are whole numbers; "
+                          "train the "
                           "model that it was made of, and quantise that again")
     return nn.Module.train(self, mode)
 
@@ -156,7 +157,8 @@ def hidden_states(self:BantamForCausalLM,
                   document_ids:Tensor|None=None, # (B,S); tokens see their own document only
                   attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding
                   cache:KVCache|None=None, # Past keys and values; the new ones are appended
-                  router_stats:list|None=None # Gets what every layer's router tells, None for a layer without one
+                  # Gets what every layer's router tells, None for a layer without one
+                  router_stats:list|None=None
                  )->Tensor: # (B,T,D), normalised: what the head reads
     "Embedding, all blocks, last norm."
     T,past = input_ids.shape[1],cache.length if cache is not None else 0
@@ -164,7 +166,8 @@ def hidden_states(self:BantamForCausalLM,
     if cache is not None:
         whole = self.reread(input_ids, position_ids, marks, cache)
         if whole is not input_ids:
-            again = self.hidden_states(whole, None, document_ids, attention_mask, cache, router_stats)
+            again = self.hidden_states(whole, None, document_ids, attention_mask, cache,
+                                       router_stats)
             return again[:,-T:]
         cache.see(attention_mask, document_ids)
     positions = marks.positions() if position_ids is None else position_ids
@@ -200,7 +203,8 @@ def reread(self:BantamForCausalLM,
     "What a model whose angles depend on the length has to read."
     if not any(map(length_dependent, self.shapes)): return input_ids
     if position_ids is not None:
-        raise BantamError("position_ids cannot be given with a cache when rope_scaling is dynamic or "
+        raise BantamError("position_ids cannot be given with a cache when rope_scaling is dynamic "
+                          "or "
                           "longrope: past keys are turned again; leave them out")
     past = marks.past
     cache.text = torch.cat([cache.text[:,:past], input_ids], 1) if past else input_ids
@@ -238,8 +242,10 @@ def mean_loss(self:BantamForCausalLM,
              )->Tensor: # A number
     "Weighted mean over the targets; in training with what smoothing and z-loss add."
     c,weights_N = self.config,None if weights is None else weights.flatten()
-    shape = dict(label_smoothing=c.label_smoothing, z_loss_weight=c.z_loss_weight) if self.training else {}
-    total,weight = linear_cross_entropy(h_BTD.flatten(0, 1), self.head_weight, targets.flatten(), weights_N,
+    shape = dict(label_smoothing=c.label_smoothing,
+                 z_loss_weight=c.z_loss_weight) if self.training else {}
+    total,weight = linear_cross_entropy(h_BTD.flatten(0, 1), self.head_weight,
+                                        targets.flatten(), weights_N,
                                         softcap=c.final_logit_softcapping, **shape)
     if weight.is_cpu and not weight:
         raise BantamError(f"no target in this batch: all are {IGNORE} or weigh 0; leave it out")

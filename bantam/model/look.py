@@ -28,7 +28,8 @@ def attention_map(q_BHTK:Tensor, # Queries
                  )->Tensor: # (B,H,T,S) probabilities
     "Attention with unit vectors as values."
     B,G,S,_ = k_BGSK.shape
-    return eager_attention(q_BHTK, k_BGSK, torch.eye(S, device=q_BHTK.device, dtype=q_BHTK.dtype).expand(B, G, S, S), *how)
+    return eager_attention(q_BHTK, k_BGSK, torch.eye(S, device=q_BHTK.device,
+                                                     dtype=q_BHTK.dtype).expand(B, G, S, S), *how)
 
 @contextmanager
 def watched(model:BantamForCausalLM, # Whose attention
@@ -51,10 +52,14 @@ def watched(model:BantamForCausalLM, # Whose attention
 @dataclass
 class Recording:
     "What one forward pass looked like."
-    attention:list = field(default_factory=list) # Per layer (B,H,T,S), rows sum to one (less with learned sinks)
-    stream_rms:list = field(default_factory=list) # Size of the residual stream before each block and at the end
-    update_ratio:list = field(default_factory=list) # Per block: size of what it adds, over the size of what was there
-    lens:list = field(default_factory=list) # Per block (B,T,V): logits if the stream went to the head from there
+    # Per layer (B,H,T,S), rows sum to one (less with learned sinks)
+    attention:list = field(default_factory=list)
+    # Size of the residual stream before each block and at the end
+    stream_rms:list = field(default_factory=list)
+    # Per block: size of what it adds, over the size of what was there
+    update_ratio:list = field(default_factory=list)
+    # Per block (B,T,V): logits if the stream went to the head from there
+    lens:list = field(default_factory=list)
 
 @torch.no_grad()
 def record(model:BantamForCausalLM, # Stays as it is
@@ -63,7 +68,8 @@ def record(model:BantamForCausalLM, # Stays as it is
           )->Recording:
     "Run the model once and keep what it did."
     maps,streams,was = {},[],model.training
-    hooks = [b.register_forward_pre_hook(lambda m, args: streams.append(args[0])) for b in model.layers]
+    hooks = [b.register_forward_pre_hook(lambda m, args: streams.append(args[0]))
+             for b in model.layers]
     hooks.append(model.norm.register_forward_pre_hook(lambda m, args: streams.append(args[0])))
     check_ids(input_ids, model.config.vocab_size)
     try:
@@ -72,8 +78,10 @@ def record(model:BantamForCausalLM, # Stays as it is
         for h in hooks: h.remove()
         model.train(was)
     rms = lambda x: x.float().pow(2).mean().sqrt().item()
-    return Recording([torch.cat(maps[i], 1) for i in range(len(model.layers))], [rms(x) for x in streams],
-                     [rms(b - a)/max(rms(a), 1e-12) for a,b in zip(streams, streams[1:])], [model.head(model.norm(x)) for x in streams[1:]])
+    return Recording([torch.cat(maps[i], 1) for i in range(len(model.layers))],
+                     [rms(x) for x in streams],
+                     [rms(b - a)/max(rms(a), 1e-12) for a,b in zip(streams, streams[1:])],
+                     [model.head(model.norm(x)) for x in streams[1:]])
 
 # %% ../../nbs/3_model/39c_look.ipynb #b12e3707
 HEALTHY = (.01, 2.) # Least and largest size of what a block adds, as a share of the stream
@@ -90,7 +98,9 @@ class Stage:
     note:str="" # What is not well
 
     def __str__(self)->str: # The row
-        return f"{self.name:28s} {'x'.join(map(str, self.shape)):14s} {self.dtype:9s} {self.low:9.3f} {self.mean:9.3f} {self.high:9.3f}  {self.note}".rstrip()
+        shape,numbers = ("x".join(map(str, self.shape)),
+                         f"{self.low:9.3f} {self.mean:9.3f} {self.high:9.3f}")
+        return f"{self.name:28s} {shape:14s} {self.dtype:9s} {numbers}  {self.note}".rstrip()
 
 @torch.no_grad()
 def trace(model:BantamForCausalLM, # Stays as it is
@@ -103,14 +113,18 @@ def trace(model:BantamForCausalLM, # Stays as it is
             out = out[0] if isinstance(out, tuple) else out
             if not isinstance(out, Tensor): return
             x = out.float()
-            note = "" if x.isfinite().all() else f"{int((~x.isfinite()).sum())} numbers are NaN or infinite"
+            note = ("" if x.isfinite().all()
+                    else f"{int((~x.isfinite()).sum())} numbers are NaN or infinite")
             if name.count(".") == 1 and name.startswith("layers."):
                 before = args[0].float()
                 ratio = ((x - before).pow(2).mean().sqrt()/before.pow(2).mean().sqrt()).item()
-                note = note or f"adds {ratio:.3f} of the stream" + ("" if HEALTHY[0] <= ratio <= HEALTHY[1] else ": NOT HEALTHY")
-            stages.append(Stage(name, tuple(x.shape), str(out.dtype).removeprefix("torch."), x.min().item(), x.mean().item(), x.max().item(), note))
+                note = note or f"adds {ratio:.3f} of the stream" + (
+                    "" if HEALTHY[0] <= ratio <= HEALTHY[1] else ": NOT HEALTHY")
+            stages.append(Stage(name, tuple(x.shape), str(out.dtype).removeprefix("torch."),
+                                x.min().item(), x.mean().item(), x.max().item(), note))
         return hook
-    hooks = [m.register_forward_hook(look(n)) for n,m in model.named_modules() if n and not isinstance(m, nn.ModuleList)]
+    hooks = [m.register_forward_hook(look(n)) for n,m in model.named_modules() if n
+             and not isinstance(m, nn.ModuleList)]
     try: model(input_ids)
     finally:
         for h in hooks: h.remove()
@@ -123,7 +137,8 @@ def weight_report(model:nn.Module # After `backward` gradients are told as well
     rows = []
     for n,p in model.named_parameters():
         w,g = p.detach().float(),None if p.grad is None else p.grad.detach().float()
-        row = dict(name=n, shape=tuple(p.shape), std=w.std(correction=0).item(), grad_norm=None if g is None else g.norm().item(), ratio=None, note="")
+        row = dict(name=n, shape=tuple(p.shape), std=w.std(correction=0).item(),
+                   grad_norm=None if g is None else g.norm().item(), ratio=None, note="")
         if not w.isfinite().all(): row["note"] = "weights are not finite"
         elif g is None: row["note"] = "no gradient" if p.requires_grad else "frozen"
         elif not g.isfinite().all(): row["note"] = "gradient is not finite"
@@ -143,5 +158,7 @@ def summary(model:BantamForCausalLM, # Any
     logp = model(torch.randint(V, (2, T), generator=gen).to(model.device)).logits.log_softmax(-1)
     entropy = -(logp.exp()*logp).sum(-1).mean().item()
     rows = [f"{k:12s} {human(n):>8s}" for k,n in model.parts().items()]
-    rows += [f"{'all':12s} {human(model.num_parameters()):>8s}", f"{'of a token':12s} {human(model.active_parameters()):>8s}"]
-    return "\n".join(rows + [f"entropy of its guesses: {entropy:.2f} nats, {entropy/math.log(V):.0%} of ln V"])
+    rows += [f"{'all':12s} {human(model.num_parameters()):>8s}",
+             f"{'of a token':12s} {human(model.active_parameters()):>8s}"]
+    return "\n".join(rows + [f"entropy of its guesses: {entropy:.2f} nats, "
+                             f"{entropy/math.log(V):.0%} of ln V"])

@@ -156,7 +156,8 @@ def linear_cross_entropy(h_ND:Tensor, # Hidden states
                          w_VD:Tensor, # Head; a tied embedding serves as it is
                          targets_N:Tensor, # Word that came next, or `IGNORE`
                          weights_N:Tensor|None=None, # How much each position counts; None is 1
-                         chunk:int|None=None, # Rows whose logits exist at a time; None is 1024, or 64 MB
+                         # Rows whose logits exist at a time; None is 1024, or 64 MB
+                         chunk:int|None=None,
                          label_smoothing:float=0., # Share of the target spread over all words
                          z_loss_weight:float=0., # Times logsumexp^2 of every target
                          softcap:float|None=None # Logits become softcap * tanh(logit / softcap)

@@ -36,7 +36,8 @@ class Tokens(NamedTuple):
     def since(self,
               first:int # Place of the first one
              )->"Tokens":
-        "The last tokens. (A `slice` that was made elsewhere would be a new program to a compiler for every number in it.)"
+        """The last tokens. (A `slice` that was made elsewhere would be a new program to a compiler
+        for every number in it.)"""
         return Tokens(*[None if f is None else f[...,first:] for f in self])
 
 Rule = Callable[[Tokens, Tokens], Tensor] # (query, key) -> may the query see the key?

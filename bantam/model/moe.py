@@ -30,7 +30,8 @@ def grouped_loop(x_MD:Tensor, # Rows, sorted by expert
     return torch.cat([times(x, w) for x,w in zip(x_MD.split(sizes), w_EFD) if len(x)])
 
 def grouped_linear(x_MD:Tensor, # Rows, sorted by expert
-                   w_EFD:Tensor|nn.ModuleList, # A matrix for each expert, in the type of the rows or a wider one; or a layer
+                   # A matrix for each expert, in the type of the rows or a wider one; or a layer
+                   w_EFD:Tensor|nn.ModuleList,
                    end_E:Tensor # Where the rows of each expert end
                   )->Tensor: # (M,F), in the type of the rows
     "Each block of rows times its own matrix, by `grouped_mm` where it fits."
@@ -39,7 +40,8 @@ def grouped_linear(x_MD:Tensor, # Rows, sorted by expert
     aligned = all(n * x_MD.element_size() % 16 == 0 for n in w_EFD.shape[1:])
     known = x_MD.dtype in (torch.float32, torch.bfloat16, torch.float16)
     fits = aligned and known and x_MD.device.type in ("cpu", "cuda")
-    if torch.compiler.is_compiling(): fits = fits and x_MD.dtype == torch.bfloat16 # the compiler knows the shapes of that one only
+    # the compiler knows the shapes of that one only
+    if torch.compiler.is_compiling(): fits = fits and x_MD.dtype == torch.bfloat16
     if few or not fits: return grouped_loop(x_MD, w_EFD, end_E)
     return F.grouped_mm(x_MD, w_EFD.to(x_MD.dtype).mT, offs=end_E.to(torch.int32))
 
@@ -159,7 +161,7 @@ class MoE(nn.Module):
 
     def forward(self,
                 x_BTD:Tensor # What the norm gives
-               )->tuple[Tensor,RouterStats]: # (B,T,D) for the residual stream, and the router's report
+               )->tuple[Tensor,RouterStats]: # (B,T,D) for the residual, the router's report
         visits,stats = route(self.logits(x_BTD), self.config, self.training, self.choice_bias)
         if self.training and self.loads is not None: self.loads += stats.load_E
         y_BTD = self.experts(x_BTD.flatten(0, 1), visits).view(x_BTD.shape)

@@ -47,7 +47,8 @@ def from_groups(q_FD:Tensor, # From 0 to 15
                )->Tensor: # (F,D) float32
     "What `int4_groups` stands for."
     scale,zero = steps_NF2.float().transpose(0, 1).unbind(-1)
-    return ((q_FD.unflatten(1, (scale.shape[1], -1)).float() - 8)*scale[...,None] + zero[...,None]).flatten(1)
+    return ((q_FD.unflatten(1, (scale.shape[1], -1)).float() - 8)*scale[...,None]
+            + zero[...,None]).flatten(1)
 
 # %% ../../nbs/3_model/30b_packed.ipynb #b9a72432
 def in_bytes(q_FD:Tensor # Whole numbers from 0 to 15
@@ -61,7 +62,7 @@ def from_bytes(b_FH:Tensor # From `in_bytes`
     return torch.stack([b_FH & 15, b_FH >> 4], -1).flatten(1)
 
 # %% ../../nbs/3_model/30b_packed.ipynb #6697809c
-FEW = 16 # rows of x up to which the kernel that unpacks as it goes is the faster way (measured, 288 to 1536 wide)
+FEW = 16 # rows of x up to which unpacking on the way is faster (measured, 288 to 1536 wide)
 
 class Int8Linear(nn.Module):
     "A linear layer of whole numbers from -127 to 127 and a distance per row."
@@ -86,10 +87,14 @@ class Int8Linear(nn.Module):
                 x:Tensor # (..., D)
                )->Tensor: # (..., F)
         "The linear map."
-        q,scale,bias = map(self._buffers.get, ("q", "scale", "bias")) # as attributes they would be looked for in three places each
+        # as attributes they would be looked for in three places each
+        q,scale,bias = map(self._buffers.get, ("q", "scale", "bias"))
         rows = x.reshape(-1, self.in_features)
-        if self.fits and len(rows) <= FEW and packs(rows): y = torch._weight_int8pack_mm(rows, q, scale if scale.dtype == x.dtype else scale.to(x.dtype))
-        elif x.dtype == torch.float16: y = F.linear(rows, self.weight.to(x.dtype)) # sums of whole numbers would leave its range
+        if self.fits and len(rows) <= FEW and packs(rows):
+            y = torch._weight_int8pack_mm(rows, q,
+                                          scale if scale.dtype == x.dtype else scale.to(x.dtype))
+        # sums of whole numbers would leave its range
+        elif x.dtype == torch.float16: y = F.linear(rows, self.weight.to(x.dtype))
         else: y = F.linear(rows, q.to(x.dtype)).mul_(scale.to(x.dtype))
         if bias is not None: y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -107,7 +112,8 @@ def packs(rows_MD:Tensor # What shall be multiplied
          )->bool:
     "Is there a kernel on this device?"
     if rows_MD.is_cpu: return True
-    return rows_MD.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", "CUDA")
+    return rows_MD.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::_weight_int8pack_mm", "CUDA")
 
 # %% ../../nbs/3_model/30b_packed.ipynb #5ee93e84
 class Int8Embedding(Int8Linear):
@@ -129,7 +135,8 @@ class Int4Linear(Int8Linear):
         nn.Module.__init__(self)
         self.out_features,self.in_features = weight.shape
         if group_size % 2 or self.in_features % group_size:
-            raise BantamError(f"a matrix of width {self.in_features} has no groups of {group_size}; take an even group_size that divides it")
+            raise BantamError(f"a matrix of width {self.in_features} has no groups of "
+                              f"{group_size}; take an even group_size that divides it")
         self.group_size,self.blocked = group_size,False
         q,steps = int4_groups(weight, group_size)
         self.register_buffer("q", in_bytes(q)); self.register_buffer("steps", steps)
@@ -145,7 +152,9 @@ class Int4Linear(Int8Linear):
                )->Tensor: # (..., F)
         "The linear map."
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= FEW and self.ready(): y = torch._weight_int4pack_mm_for_cpu(rows, self.q, self.group_size, self.steps.to(x.dtype))
+        if len(rows) <= FEW and self.ready():
+            y = torch._weight_int4pack_mm_for_cpu(rows, self.q, self.group_size,
+                                                  self.steps.to(x.dtype))
         else: y = F.linear(rows, self.weight.to(x.dtype))
         if self.bias is not None: y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -168,13 +177,15 @@ def plain(self:Int4Linear)->Tensor: # (F,D) uint8, from 0 to 15
     if not self.blocked: return from_bytes(self.q)
     D,ones = self.in_features,torch.zeros_like(self.steps, dtype=torch.float32)
     ones[...,0] = 1.
-    return (torch._weight_int4pack_mm_for_cpu(torch.eye(D), self.q, self.group_size, ones).T + 8).round().to(torch.uint8)
+    return (torch._weight_int4pack_mm_for_cpu(torch.eye(D), self.q, self.group_size,
+                                              ones).T + 8).round().to(torch.uint8)
 
 @patch
 def ready(self:Int4Linear)->bool: # Can the kernel be used?
     "Put the numbers into the blocks of this processor's kernel."
     if self.blocked: return True
-    if not self.q.is_cpu or self.group_size not in (32, 64, 128, 256) or self.out_features % 16: return False
+    if not self.q.is_cpu or self.group_size not in (32, 64, 128, 256) or self.out_features % 16:
+        return False
     self.q.copy_(torch._convert_weight_to_int4pack_for_cpu(from_bytes(self.q).int(), 1))
     self.blocked = True
     return True
@@ -210,8 +221,12 @@ def pack(model:nn.Module, # Changed in place
         old = getattr(parent, last, None)
         stack = isinstance(old, nn.Parameter) and old.dim() == 3
         if kind not in KINDS or not (stack or isinstance(old, (nn.Linear, nn.Embedding))):
-            raise BantamError(f"'{name}' cannot be packed as {kind!r}: it is no layer of this model, or that is none of {', '.join(KINDS)}; does the record belong to this model?")
-        if isinstance(old, nn.Embedding) and kind != "int8": raise BantamError(f"the word table '{name}' can be int8 only, not {kind}")
+            raise BantamError(f"'{name}' cannot be packed as {kind!r}: "
+                              "it is no layer of this model, "
+                              f"or that is none of {', '.join(KINDS)}; "
+                              "does the record belong to this model?")
+        if isinstance(old, nn.Embedding) and kind != "int8":
+            raise BantamError(f"the word table '{name}' can be int8 only, not {kind}")
         new = packed(old, kind, record.get("group_size"))
         if stack: delattr(parent, last)
         setattr(parent, last, new)

@@ -37,5 +37,6 @@ class LearnedPositions(Embedding):
             end = int(positions.max())
             if end >= self.num_embeddings: raise BantamError(
                 f"position {end} has no learned vector: max_position_embeddings is "
-                f"{self.num_embeddings}; shorten the text, or choose pos_encoding rope, which has no end")
+                f"{self.num_embeddings}; shorten the text, or choose pos_encoding rope, "
+                "which has no end")
         return super().forward(positions)

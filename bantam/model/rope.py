@@ -17,7 +17,8 @@ def inv_freq(head_dim:int, # K
             )->Tensor: # (K/2,) float32, radians per token
     "How far each pair of features turns from one token to the next."
     if head_dim < 2 or head_dim % 2:
-        raise BantamError(f"head_dim must be even and above 0, because features turn in pairs; got {head_dim}")
+        raise BantamError("head_dim must be even and above 0, because features turn in pairs; "
+                          f"got {head_dim}")
     if theta <= 0: raise BantamError(f"rope_theta must be above 0, got {theta}")
     return 1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
 
@@ -119,5 +120,6 @@ def rotary_heads(qkv:Tensor, # (B,T,H+2G,K): query heads, key heads, value heads
                  G:int # Key heads, and as many value heads
                 )->tuple[Tensor,Tensor,Tensor]: # q (B,H,T,K), k and v (B,G,T,K)
     "`plain_heads` with as few copies as can be."
-    fuse = plain_heads if torch.compiler.is_compiling() else RotaryHeads.apply # a compiler fuses by itself
+    # a compiler fuses by itself
+    fuse = plain_heads if torch.compiler.is_compiling() else RotaryHeads.apply
     return fuse(qkv, cos, sin, H, G)

@@ -159,10 +159,12 @@ def fixed_speeds(dim:int, # Features that turn, R
                  max_positions:int # The model's maximum
                 )->tuple[Tensor,float]: # (R/2,) radians per token; factor on queries and keys
     "`rope_inv_freq`, made once for each rule."
-    key = dim,theta,max_positions,None if scaling is None else tuple(sorted((k, v if v is None else str(v)) for k,v in scaling.items()))
+    key = dim,theta,max_positions,None if scaling is None else tuple(
+        sorted((k, v if v is None else str(v)) for k,v in scaling.items()))
     if key in SPEEDS and not torch.compiler.is_compiling(): return SPEEDS[key]
     with torch.inference_mode(False): made = rope_inv_freq(dim, theta, scaling, 0, max_positions)
-    if type(made[0]) is Tensor and made[0].is_cpu and not torch.compiler.is_compiling(): SPEEDS[key] = made
+    if type(made[0]) is Tensor and made[0].is_cpu and not torch.compiler.is_compiling():
+        SPEEDS[key] = made
     return made
 
 def scaled_table(positions:Tensor, # (T,) or (B,T) places
@@ -226,9 +228,10 @@ class Angles:
 
     def doubled(self,
                 table:tuple # cos and sin, from `of`
-               )->tuple[Tensor,Tensor]: # cos and sin for both halves of a head, (T,1,R) or (B,T,1,R); the first half of the sines is negative
+               )->tuple[Tensor,Tensor]: # cos and sin, (T,1,R) or (B,T,1,R); sin half negated
         "One table as whole heads are turned with it."
         if self.last[0] is not table:
             cos,sin = table
-            self.last = table,(torch.cat([cos, cos], -1).unsqueeze(-2),torch.cat([-sin, sin], -1).unsqueeze(-2))
+            self.last = table,(torch.cat([cos, cos], -1).unsqueeze(-2),
+                               torch.cat([-sin, sin], -1).unsqueeze(-2))
         return self.last[1]

@@ -16,7 +16,8 @@ from ..core import BantamError, nearest
 def rope_fields(hf:dict, # The family's config
                 kind:str|None=None # Kind of layer, where each has its own angles
                )->dict: # `rope_theta`, perhaps `rope_scaling` and `partial_rotary_factor`
-    "Rotary angles, in the newer form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`)."
+    """Rotary angles, in the newer form (`rope_parameters`) or the older (`rope_theta`,
+    `rope_scaling`)."""
     older = {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.)}
     given = hf.get("rope_parameters") or older
     given = dict(given.get(kind, given))
@@ -32,7 +33,8 @@ def rope_fields(hf:dict, # The family's config
         if hf["model_type"] == "deepseek_v3": out["attn_temperature"] = grow(all_dim)**-2
     given.setdefault("original_max_position_embeddings", hf.get("original_max_position_embeddings"))
     if type_ in ("linear", "ntk"): given.pop("original_max_position_embeddings")
-    kept = ("original_max_position_embeddings", "truncate", "short_factor", "long_factor") # as they are
+    # as they are
+    kept = ("original_max_position_embeddings", "truncate", "short_factor", "long_factor")
     whole = {k: v if k in kept else float(v) for k,v in given.items() if v is not None}
     for k in ("short_factor", "long_factor"):
         if k in whole: whole[k] = [float(x) for x in whole[k]]
@@ -62,15 +64,19 @@ def llama_fields(hf:dict # The family's config
     act = hf.get("hidden_act") or hf.get("hidden_activation")
     known = dict(silu="swiglu", gelu_pytorch_tanh="geglu")
     if act not in known:
-        raise BantamError(f"hidden_act '{act}' of model_type '{hf['model_type']}' is not supported; "
+        raise BantamError(f"hidden_act '{act}' of model_type '{hf['model_type']}' is not "
+                          "supported; "
                           f"there are {', '.join(known)}")
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings",
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "max_position_embeddings",
             "rms_norm_eps")
     fields = {k: hf[k] for k in same} | {k: eos if v is None else v for k,v in ids.items()}
     fields |= dict(num_attention_heads=H, num_key_value_heads=hf.get("num_key_value_heads") or H,
                    head_dim=hf.get("head_dim") or hf["hidden_size"]//H, ffn_type=known[act],
-                   tie_word_embeddings=hf.get("tie_word_embeddings", False), qk_norm_eps=hf["rms_norm_eps"],
-                   attention_bias=bool(hf.get("attention_bias")), mlp_bias=bool(hf.get("mlp_bias")), unk_token_id=0)
+                   tie_word_embeddings=hf.get("tie_word_embeddings", False),
+                   qk_norm_eps=hf["rms_norm_eps"],
+                   attention_bias=bool(hf.get("attention_bias")), mlp_bias=bool(hf.get("mlp_bias")),
+                   unk_token_id=0)
     return fields | rope_fields(hf, "full_attention") | window_fields(hf)
 
 # %% ../../nbs/9_ship/90a_families.ipynb #1c5eade6
@@ -79,11 +85,17 @@ def gpt2_fields(hf:dict # The family's config
     "GPT-2 has names of its own."
     for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
         if hf.get(k): raise BantamError(f"gpt2 with {k} is not supported")
-    if hf["activation_function"] != "gelu_new": raise BantamError(f"activation_function '{hf['activation_function']}' of model_type 'gpt2' is not supported; there is gelu_new")
+    if hf["activation_function"] != "gelu_new":
+        raise BantamError(f"activation_function '{hf['activation_function']}' of model_type 'gpt2' "
+                          "is not supported; there is gelu_new")
     D = hf["n_embd"]
     ids = {f"{k}_token_id": hf.get(f"{k}_token_id") or 0 for k in ("pad", "bos", "eos")}
-    return dict(vocab_size=hf["vocab_size"], hidden_size=D, intermediate_size=hf.get("n_inner") or 4*D, num_hidden_layers=hf["n_layer"], num_attention_heads=hf["n_head"], num_key_value_heads=hf["n_head"],
-                max_position_embeddings=hf["n_positions"], norm_type="layernorm", rms_norm_eps=hf["layer_norm_epsilon"], pos_encoding="learned", ffn_type="gelu", attention_bias=True, mlp_bias=True, unk_token_id=0, **ids)
+    return dict(vocab_size=hf["vocab_size"], hidden_size=D,
+                intermediate_size=hf.get("n_inner") or 4*D, num_hidden_layers=hf["n_layer"],
+                num_attention_heads=hf["n_head"], num_key_value_heads=hf["n_head"],
+                max_position_embeddings=hf["n_positions"], norm_type="layernorm",
+                rms_norm_eps=hf["layer_norm_epsilon"], pos_encoding="learned", ffn_type="gelu",
+                attention_bias=True, mlp_bias=True, unk_token_id=0, **ids)
 
 def experts(hf:dict, # The family's config
             kind:str="topk", # `expert_type`
@@ -91,7 +103,9 @@ def experts(hf:dict, # The family's config
             **more # Other fields
            )->dict: # Fields of `BantamConfig`
     "Fields of a router; capacity has no limit, as these models know none."
-    return dict(expert_type=kind, num_experts=hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"], moe_top_k=hf["num_experts_per_tok"], moe_capacity_factor=None,
+    return dict(expert_type=kind, num_experts=hf.get("num_local_experts") or hf.get("num_experts")
+                or hf["n_routed_experts"], moe_top_k=hf["num_experts_per_tok"],
+                moe_capacity_factor=None,
                 moe_renormalize=renormalize, **more)
 
 
@@ -99,50 +113,82 @@ def experts(hf:dict, # The family's config
 # %% ../../nbs/9_ship/90a_families.ipynb #65444bac
 def gemma_fields(hf:dict # The family's config
                 )->dict: # Fields of `BantamConfig`
-    "Scores are scaled by a number of their own; weights of the norms count from one (see the tensors)."
-    if hf.get("use_bidirectional_attention"): raise BantamError(f"{hf['model_type']} with use_bidirectional_attention is not supported")
+    """Scores are scaled by a number of their own; weights of the norms count from one (see the
+    tensors)."""
+    if hf.get("use_bidirectional_attention"):
+        raise BantamError(f"{hf['model_type']} with use_bidirectional_attention is not supported")
     fields = llama_fields(hf)
-    return fields | dict(norm_placement="both", scaled_embeddings=True, attn_temperature=(hf["query_pre_attn_scalar"]/fields["head_dim"])**.5, qk_norm=hf["model_type"] == "gemma3_text",
-                         attn_logit_softcapping=hf.get("attn_logit_softcapping"), final_logit_softcapping=hf.get("final_logit_softcapping"))
+    return fields | dict(norm_placement="both", scaled_embeddings=True,
+                         attn_temperature=(hf["query_pre_attn_scalar"]/fields["head_dim"])**.5,
+                         qk_norm=hf["model_type"] == "gemma3_text",
+                         attn_logit_softcapping=hf.get("attn_logit_softcapping"),
+                         final_logit_softcapping=hf.get("final_logit_softcapping"))
 
 def qwen3_moe_fields(hf:dict # The family's config
                     )->dict: # Fields of `BantamConfig`
     "Experts in all layers but those named."
-    L,step,only = hf["num_hidden_layers"],hf.get("decoder_sparse_step", 1),hf.get("mlp_only_layers") or []
-    fields = llama_fields(hf) | dict(qk_norm=True) | experts(hf, renormalize=hf.get("norm_topk_prob", False), moe_intermediate_size=hf["moe_intermediate_size"])
+    L,step,only = (hf["num_hidden_layers"],hf.get("decoder_sparse_step", 1),
+                   hf.get("mlp_only_layers") or [])
+    fields = llama_fields(hf) | dict(qk_norm=True) | experts(hf, renormalize=hf.get(
+        "norm_topk_prob", False), moe_intermediate_size=hf["moe_intermediate_size"])
     dense = [i in only or (i + 1) % step != 0 for i in range(L)]
-    return fields | (dict(layer_configs=[dict(expert_type="dense") if d else {} for d in dense]) if any(dense) else {})
+    return fields | (dict(layer_configs=[dict(expert_type="dense") if d else {} for d in dense])
+                     if any(dense) else {})
 
 def gpt_oss_fields(hf:dict # The family's config
                   )->dict: # Fields of `BantamConfig`
     "Biases everywhere, learned sinks, a clipped gate."
-    if hf.get("swiglu_limit", 7.) != 7: raise BantamError(f"gpt_oss with swiglu_limit {hf['swiglu_limit']} is not supported; there is 7.0")
-    return llama_fields(hf) | experts(hf, moe_router_bias=True) | dict(ffn_type="clipped_swiglu", mlp_bias=True, attention_bias=True, learned_sinks=True)
+    if hf.get("swiglu_limit", 7.) != 7:
+        raise BantamError(f"gpt_oss with swiglu_limit {hf['swiglu_limit']} is not supported; "
+                          "there is 7.0")
+    return llama_fields(hf) | experts(hf, moe_router_bias=True) | dict(
+        ffn_type="clipped_swiglu", mlp_bias=True, attention_bias=True, learned_sinks=True)
 
 def deepseek_fields(hf:dict # The family's config
                    )->dict: # Fields of `BantamConfig`
     "Latent attention; the first layers are dense."
     v3 = hf["model_type"] == "deepseek_v3"
-    fields = llama_fields(hf) | dict(head_dim=hf["qk_nope_head_dim"], attn_type="mla", num_key_value_heads=hf["num_attention_heads"])
-    fields |= {k: hf[k] for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
-    groups = {} if not v3 and hf.get("topk_method", "greedy") == "greedy" else dict(moe_groups=hf.get("n_group") or 1, moe_top_groups=hf.get("topk_group") or 1)
-    routed = experts(hf, "shared", renormalize=v3 and hf.get("norm_topk_prob", True), moe_num_shared=hf["n_shared_experts"], moe_intermediate_size=hf["moe_intermediate_size"],
-                     moe_routed_scale=float(hf.get("routed_scaling_factor", 1.)), moe_score="sigmoid" if v3 else "softmax", moe_bias_balancing=v3, **groups)
-    return fields | routed | dict(layer_configs=[dict(expert_type="dense")]*hf.get("first_k_dense_replace", 0))
+    fields = llama_fields(hf) | dict(head_dim=hf["qk_nope_head_dim"], attn_type="mla",
+                                     num_key_value_heads=hf["num_attention_heads"])
+    fields |= {k: hf[k] for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+                                  "qk_rope_head_dim", "v_head_dim")}
+    groups = {} if not v3 and hf.get("topk_method", "greedy") == "greedy" else dict(
+        moe_groups=hf.get("n_group") or 1, moe_top_groups=hf.get("topk_group") or 1)
+    routed = experts(hf, "shared", renormalize=v3 and hf.get("norm_topk_prob", True),
+                     moe_num_shared=hf["n_shared_experts"],
+                     moe_intermediate_size=hf["moe_intermediate_size"],
+                     moe_routed_scale=float(hf.get("routed_scaling_factor", 1.)),
+                     moe_score="sigmoid" if v3 else "softmax", moe_bias_balancing=v3, **groups)
+    return fields | routed | dict(
+        layer_configs=[dict(expert_type="dense")]*hf.get("first_k_dense_replace", 0))
 
 
 
 # %% ../../nbs/9_ship/90a_families.ipynb #c7c9861a
-FAMILIES = dict(gpt2=gpt2_fields, llama=llama_fields, mistral=llama_fields, mixtral=lambda hf: llama_fields(hf) | experts(hf), qwen2=lambda hf: llama_fields(hf) | dict(attention_bias=True),
-                qwen3=lambda hf: llama_fields(hf) | dict(qk_norm=True), qwen3_moe=qwen3_moe_fields, gemma2=gemma_fields, gemma3_text=gemma_fields,
-                olmo2=lambda hf: llama_fields(hf) | dict(norm_placement="post", qk_norm="full"), phi3=llama_fields, gpt_oss=gpt_oss_fields, deepseek_v2=deepseek_fields, deepseek_v3=deepseek_fields)
+FAMILIES = dict(gpt2=gpt2_fields, llama=llama_fields, mistral=llama_fields,
+                mixtral=lambda hf: llama_fields(hf) | experts(hf),
+                qwen2=lambda hf: llama_fields(hf) | dict(attention_bias=True),
+                qwen3=lambda hf: llama_fields(hf) | dict(qk_norm=True), qwen3_moe=qwen3_moe_fields,
+                gemma2=gemma_fields, gemma3_text=gemma_fields,
+                olmo2=lambda hf: llama_fields(hf) | dict(norm_placement="post", qk_norm="full"),
+                phi3=llama_fields, gpt_oss=gpt_oss_fields, deepseek_v2=deepseek_fields,
+                deepseek_v3=deepseek_fields)
 
 def hf_config(hf:dict # Contents of a `config.json` of Hugging Face
              )->BantamConfig: # The same shape
     "Translate; a family or a feature that we lack is refused by name."
     family = hf.get("model_type")
-    if family == "gemma3" and "text_config" in hf: raise BantamError("model_type 'gemma3' has an image part; give the folder of its text model (gemma3_text)")
-    if family not in FAMILIES: raise BantamError(f"model_type '{family}' is not supported{nearest(str(family), FAMILIES)}; there are {', '.join(FAMILIES)}")
-    if hf.get("quantization_config"): raise BantamError(f"the checkpoint is quantised ({hf['quantization_config'].get('quant_method')}); take the unquantised one")
+    if family == "gemma3" and "text_config" in hf:
+        raise BantamError("model_type 'gemma3' has an image part; give the folder of its text "
+                          "model (gemma3_text)")
+    if family not in FAMILIES:
+        raise BantamError(f"model_type '{family}' is not "
+                          f"supported{nearest(str(family), FAMILIES)}; "
+                          f"there are {', '.join(FAMILIES)}")
+    if hf.get("quantization_config"):
+        raise BantamError("the checkpoint is quantised "
+                          f"({hf['quantization_config'].get('quant_method')}); "
+                          "take the unquantised one")
     try: return BantamConfig(**FAMILIES[family](hf))
-    except KeyError as e: raise BantamError(f"config.json of model_type '{family}' lacks {e}") from None
+    except KeyError as e:
+        raise BantamError(f"config.json of model_type '{family}' lacks {e}") from None

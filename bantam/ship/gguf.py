@@ -26,33 +26,50 @@ def open_gguf(path # A `.gguf` file
              ): # `gguf.GGUFReader`
     "The reader of the file, or a refusal."
     try: from gguf import GGUFReader
-    except ImportError: raise BantamError("reading GGUF needs the library gguf: pip install gguf") from None
+    except ImportError:
+        raise BantamError("reading GGUF needs the library gguf: pip install gguf") from None
     if not Path(path).is_file(): raise BantamError(f"{path} does not exist; give a .gguf file")
     try: return GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as e: raise BantamError(f"{path} is damaged or no GGUF file ({e}); take another copy") from e
+    except (ValueError, OSError, IndexError, KeyError) as e:
+        raise BantamError(f"{path} is damaged or no GGUF file ({e}); take another copy") from e
 
 def gguf_config(about:dict, # {key: value} of the file
                 tensors, # Names of its tensors
                 where # The file, for messages
                )->BantamConfig:
     "The shape that the keys tell."
-    if (kind := about.get("general.architecture")) != "llama": raise BantamError(f"{where} holds architecture '{kind}'; only llama is read")
+    if (kind := about.get("general.architecture")) != "llama":
+        raise BantamError(f"{where} holds architecture '{kind}'; only llama is read")
     stretch = about.get("llama.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors or stretch not in ("none", "linear"):
-        raise BantamError(f"{where} stretches its rotary angles ({stretch}, rope_freqs.weight), which is not read from GGUF; take the original checkpoint")
-    if "llama.expert_count" in about: raise BantamError(f"{where} has {about['llama.expert_count']} experts, which are not read from GGUF; take the original checkpoint")
+        raise BantamError(f"{where} stretches its rotary angles ({stretch}, rope_freqs.weight), "
+                          "which is not read from GGUF; take the original checkpoint")
+    if "llama.expert_count" in about:
+        raise BantamError(f"{where} has {about['llama.expert_count']} experts, "
+                          "which are not read from GGUF; take the original checkpoint")
     get = lambda key, *default: about.get(f"llama.{key}", *default)
     H,D = get("attention.head_count"),get("embedding_length")
-    ids = {f"{ours}_token_id": about.get(f"tokenizer.ggml.{theirs}_token_id", 0) for ours,theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    scaling = dict(rope_scaling=dict(type="linear", factor=float(get("rope.scaling.factor")))) if stretch == "linear" else {}
+    ids = {f"{ours}_token_id": about.get(f"tokenizer.ggml.{theirs}_token_id", 0)
+           for ours,theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"),
+                               ("pad", "padding"))}
+    scaling = (dict(rope_scaling=dict(type="linear", factor=float(get("rope.scaling.factor"))))
+               if stretch == "linear" else {})
     try:
-        return BantamConfig(vocab_size=get("vocab_size", len(about["tokenizer.ggml.tokens"])), hidden_size=D, intermediate_size=get("feed_forward_length"), num_hidden_layers=get("block_count"), num_attention_heads=H,
-                            num_key_value_heads=get("attention.head_count_kv", H), head_dim=get("rope.dimension_count", D//H), max_position_embeddings=get("context_length"),
-                            tie_word_embeddings="output.weight" not in tensors, rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")), rope_theta=float(get("rope.freq_base", 10000.)), **ids, **scaling)
-    except (KeyError, TypeError) as e: raise BantamError(f"{where} lacks a key of its shape: {e}") from None
+        return BantamConfig(vocab_size=get("vocab_size", len(about["tokenizer.ggml.tokens"])),
+                            hidden_size=D, intermediate_size=get("feed_forward_length"),
+                            num_hidden_layers=get("block_count"), num_attention_heads=H,
+                            num_key_value_heads=get("attention.head_count_kv", H),
+                            head_dim=get("rope.dimension_count", D//H),
+                            max_position_embeddings=get("context_length"),
+                            tie_word_embeddings="output.weight" not in tensors,
+                            rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+                            rope_theta=float(get("rope.freq_base", 10000.)), **ids, **scaling)
+    except (KeyError, TypeError) as e:
+        raise BantamError(f"{where} lacks a key of its shape: {e}") from None
 
 # %% ../../nbs/9_ship/91a_gguf.ipynb #61fd30b4
-NAMES = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "attn.o_proj": "attn_output", "ffn.gate_proj": "ffn_gate", "ffn.up_proj": "ffn_up", "ffn.down_proj": "ffn_down"}
+NAMES = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "attn.o_proj": "attn_output",
+         "ffn.gate_proj": "ffn_gate", "ffn.up_proj": "ffn_up", "ffn.down_proj": "ffn_down"}
 
 def gguf_tensors(reader, # From `open_gguf`
                  c:BantamConfig, # The shape
@@ -62,27 +79,37 @@ def gguf_tensors(reader, # From `open_gguf`
     from gguf import dequantize
     files = {t.name: t for t in reader.tensors}
     def take(name):
-        if name not in files: raise BantamError(f"{where}: tensor '{name}' is missing; is the file complete?")
+        if name not in files:
+            raise BantamError(f"{where}: tensor '{name}' is missing; is the file complete?")
         t = files.pop(name)
         return torch.from_numpy(dequantize(t.data, t.tensor_type).copy())
-    def turned(name, heads): return halves(take(name).unflatten(0, (heads, c.head_dim))).flatten(0, 1)
-    out = {"embed_tokens.weight": take("token_embd.weight"), "norm.weight": take("output_norm.weight")}
+    def turned(name, heads):
+        return halves(take(name).unflatten(0, (heads, c.head_dim))).flatten(0, 1)
+    out = {"embed_tokens.weight": take("token_embd.weight"),
+           "norm.weight": take("output_norm.weight")}
     if not c.tie_word_embeddings: out["lm_head.weight"] = take("output.weight")
     for i in range(c.num_hidden_layers):
-        out |= {f"layers.{i}.{ours}.weight": take(f"blk.{i}.{theirs}.weight") for ours,theirs in NAMES.items()}
-        q,k = (turned(f"blk.{i}.attn_{n}.weight", h) for n,h in (("q", c.num_attention_heads), ("k", c.num_key_value_heads)))
+        out |= {f"layers.{i}.{ours}.weight": take(f"blk.{i}.{theirs}.weight")
+                for ours,theirs in NAMES.items()}
+        q,k = (turned(f"blk.{i}.attn_{n}.weight", h)
+               for n,h in (("q", c.num_attention_heads), ("k", c.num_key_value_heads)))
         out[f"layers.{i}.attn.qkv_proj.weight"] = torch.cat([q, k, take(f"blk.{i}.attn_v.weight")])
-    if files: raise BantamError(f"{where}: tensor '{min(files)}' has no place in our model; the file has a part that is not supported")
+    if files:
+        raise BantamError(f"{where}: tensor '{min(files)}' has no place in our model; "
+                          "the file has a part that is not supported")
     return out
 
 # %% ../../nbs/9_ship/91a_gguf.ipynb #b4de975c
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+          r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_CUT = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 def regex_cut(pattern:str # Cuts text into words
              )->list: # Pre-tokenizers
     "Cut by the pattern, then spell bytes."
-    return [dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False), GPT2_CUT | dict(use_regex=False)]
-CUTS = {"default": [GPT2_CUT], "gpt-2": [GPT2_CUT], "smollm": [dict(type="Digits", individual_digits=True), GPT2_CUT],
+    return [dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False),
+            GPT2_CUT | dict(use_regex=False)]
+CUTS = {"default": [GPT2_CUT], "gpt-2": [GPT2_CUT],
+        "smollm": [dict(type="Digits", individual_digits=True), GPT2_CUT],
         "llama-bpe": regex_cut(LLAMA3), "qwen2": regex_cut(LLAMA3.replace("{1,3}", ""))}
 
 def gguf_tokenizer(about:dict, # {key: value} of the file
@@ -90,19 +117,31 @@ def gguf_tokenizer(about:dict, # {key: value} of the file
                   )->BantamTokenizer:
     "The tokenizer that the keys tell."
     key = lambda name, *default: about.get(f"tokenizer.ggml.{name}", *default)
-    if key("model") != "gpt2": raise BantamError(f"{where} has a tokenizer of kind '{key('model')}'; only byte-level BPE (gpt2) is read")
+    if key("model") != "gpt2":
+        raise BantamError(f"{where} has a tokenizer of kind '{key('model')}'; "
+                          "only byte-level BPE (gpt2) is read")
     cut = key("pre", "default")
-    if cut not in CUTS: raise BantamError(f"{where} cuts text in a way called '{cut}', which is not known; there are {', '.join(CUTS)}")
+    if cut not in CUTS:
+        raise BantamError(f"{where} cuts text in a way called '{cut}', which is not known; "
+                          f"there are {', '.join(CUTS)}")
     tokens,kinds = key("tokens"),key("token_type", None) or [1]*len(key("tokens"))
-    added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=k == 3) for i,(t,k) in enumerate(zip(tokens, kinds)) if k in (3, 4)]
-    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=dict(type="Sequence", pretokenizers=CUTS[cut]), post_processor=None,
-                decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
-                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
+    added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                  special=k == 3) for i,(t,k) in enumerate(zip(tokens, kinds)) if k in (3, 4)]
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                pre_tokenizer=dict(type="Sequence", pretokenizers=CUTS[cut]), post_processor=None,
+                decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True,
+                             use_regex=True),
+                model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                           end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+                           ignore_merges=False,
                            vocab={t: i for i,t in enumerate(tokens)}, merges=key("merges")))
-    roles = {f"{ours}_token": tokens[key(f"{theirs}_token_id")] for ours,theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")) if key(f"{theirs}_token_id", None) is not None}
+    roles = {f"{ours}_token": tokens[key(f"{theirs}_token_id")]
+             for ours,theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"),
+                                 ("pad", "padding")) if key(f"{theirs}_token_id", None) is not None}
     with tempfile.TemporaryDirectory() as place:
         Path(place, "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-        Path(place, "tokenizer_config.json").write_text(json.dumps(roles | dict(chat_template=about.get("tokenizer.chat_template"))), encoding="utf-8")
+        Path(place, "tokenizer_config.json").write_text(json.dumps(
+            roles | dict(chat_template=about.get("tokenizer.chat_template"))), encoding="utf-8")
         return BantamTokenizer.from_hf(place)
 
 def from_gguf(path # A `.gguf` file of the llama family

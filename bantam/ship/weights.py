@@ -27,21 +27,35 @@ class Checkpoint:
                  folder # Holds `config.json` and `model.safetensors`, or shards and their index
                 ):
         self.folder,self.where,self.taken = Path(folder),{},set()
-        if not self.folder.is_dir(): raise BantamError(f"{folder} is no folder; give one that holds config.json and model.safetensors")
-        self.config,index = read_json(self.folder/"config.json"),self.folder/"model.safetensors.index.json"
-        files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        if not self.folder.is_dir():
+            raise BantamError(f"{folder} is no folder; give one that holds config.json and "
+                              "model.safetensors")
+        self.config,index = (read_json(self.folder/"config.json"),
+                             self.folder/"model.safetensors.index.json")
+        files = (set(read_json(index)["weight_map"].values()) if index.is_file()
+                 else {"model.safetensors"})
         for f in sorted(files):
-            if Path(f).name != f: raise BantamError(f"{index} names a file outside its folder: {f!r}; do not trust this checkpoint")
-            if not (self.folder/f).is_file(): raise BantamError(f"{self.folder/f} does not exist; only safetensors are read, convert other formats with their own library")
+            if Path(f).name != f:
+                raise BantamError(f"{index} names a file outside its folder: {f!r}; "
+                                  "do not trust this checkpoint")
+            if not (self.folder/f).is_file():
+                raise BantamError(f"{self.folder/f} does not exist; only safetensors are read, "
+                                  "convert other formats with their own library")
             try:
-                with safe_open(self.folder/f, "pt") as s: self.where |= dict.fromkeys(s.keys(), self.folder/f)
-            except (OSError, SafetensorError) as e: raise BantamError(f"{self.folder/f} is damaged or not safetensors ({e}); take another copy") from e
+                with safe_open(self.folder/f, "pt") as s:
+                    self.where |= dict.fromkeys(s.keys(), self.folder/f)
+            except (OSError, SafetensorError) as e:
+                raise BantamError(f"{self.folder/f} is damaged or not safetensors ({e}); "
+                                  "take another copy") from e
 
     def take(self,
              name:str # As the family calls it
             )->Tensor: # float32
         "A tensor by its name; a missing one is refused."
-        if name not in self.where: raise BantamError(f"{self.folder}: tensor '{name}' is missing{nearest(name, self.where)}; is the checkpoint complete?")
+        if name not in self.where:
+            raise BantamError(f"{self.folder}: "
+                              f"tensor '{name}' is missing{nearest(name, self.where)}; "
+                              "is the checkpoint complete?")
         self.taken.add(name)
         with safe_open(self.where[name], "pt") as s: return s.get_tensor(name).float()
 
@@ -55,7 +69,8 @@ class Checkpoint:
              known:tuple=() # Endings and beginnings of names that may stay
             )->list: # Names that nobody took
         "What was not understood."
-        return sorted(n for n in self.where.keys() - self.taken if not n.endswith(known) and not n.startswith(known))
+        return sorted(n for n in self.where.keys() - self.taken if not n.endswith(known)
+                      and not n.startswith(known))
 
 # %% ../../nbs/9_ship/91_weights.ipynb #7d11a4fe
 def halves(w:Tensor, # (..., R, D) rows of rotated features, or (..., R)
@@ -71,10 +86,12 @@ def attention_tensors(ck:Checkpoint, # Where from
                      )->dict: # {our name: tensor}
     "Stacked queries, keys, values; the output; norms and sinks where they exist."
     if c.attn_type == "mla": return latent_tensors(ck, at, c)
-    stack = lambda kind: ck.take(f"{at}qkv_proj.{kind}") if ck.has(f"{at}qkv_proj.{kind}") else torch.cat([ck.take(f"{at}{n}_proj.{kind}") for n in "qkv"])
+    stack = lambda kind: ck.take(f"{at}qkv_proj.{kind}") if ck.has(
+        f"{at}qkv_proj.{kind}") else torch.cat([ck.take(f"{at}{n}_proj.{kind}") for n in "qkv"])
     out = {"qkv_proj.weight": stack("weight"), "o_proj.weight": ck.take(at + "o_proj.weight")}
     if c.attention_bias: # Qwen 2 has none on the output: zeros are the same
-        out |= {"qkv_proj.bias": stack("bias"), "o_proj.bias": ck.take(at + "o_proj.bias") if ck.has(at + "o_proj.bias") else torch.zeros(c.hidden_size)}
+        out |= {"qkv_proj.bias": stack("bias"), "o_proj.bias": ck.take(at + "o_proj.bias")
+                if ck.has(at + "o_proj.bias") else torch.zeros(c.hidden_size)}
     if c.qk_norm: out |= {f"{n}_norm.weight": ck.take(f"{at}{n}_norm.weight") for n in "qk"}
     if c.learned_sinks: out["sinks"] = ck.take(at + "sinks")
     return out
@@ -89,10 +106,14 @@ def latent_tensors(ck:Checkpoint, # Where from
         parts = w.unflatten(0, (H, n + r))
         return torch.cat([parts[:,:n], halves(parts[:,n:])], 1).flatten(0, 1)
     a = ck.take(at + "kv_a_proj_with_mqa.weight")
-    out = {"kv_a_proj.weight": torch.cat([a[:-r], halves(a[-r:])]), "kv_a_norm.weight": ck.take(at + "kv_a_layernorm.weight"),
-           "kv_b_proj.weight": ck.take(at + "kv_b_proj.weight"), "o_proj.weight": ck.take(at + "o_proj.weight")}
+    out = {"kv_a_proj.weight": torch.cat([a[:-r], halves(a[-r:])]),
+           "kv_a_norm.weight": ck.take(at + "kv_a_layernorm.weight"),
+           "kv_b_proj.weight": ck.take(at + "kv_b_proj.weight"),
+           "o_proj.weight": ck.take(at + "o_proj.weight")}
     if c.q_lora_rank is None: return out | {"q_proj.weight": queries(ck.take(at + "q_proj.weight"))}
-    return out | {"q_a_proj.weight": ck.take(at + "q_a_proj.weight"), "q_a_norm.weight": ck.take(at + "q_a_layernorm.weight"), "q_b_proj.weight": queries(ck.take(at + "q_b_proj.weight"))}
+    return out | {"q_a_proj.weight": ck.take(at + "q_a_proj.weight"),
+                  "q_a_norm.weight": ck.take(at + "q_a_layernorm.weight"),
+                  "q_b_proj.weight": queries(ck.take(at + "q_b_proj.weight"))}
 
 
 
@@ -106,38 +127,55 @@ def ffn_tensors(ck:Checkpoint, # Where from
     if c.expert_type == "dense":
         if ck.has(at + "mlp.gate_up_proj.weight"):
             gate,up = ck.take(at + "mlp.gate_up_proj.weight").chunk(2)
-            return {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": ck.take(at + "mlp.down_proj.weight")}
+            return {"gate_proj.weight": gate, "up_proj.weight": up,
+                    "down_proj.weight": ck.take(at + "mlp.down_proj.weight")}
         kinds = ("weight", "bias") if c.mlp_bias else ("weight",)
         return {f"{n}.{k}": ck.take(f"{at}mlp.{n}.{k}") for n in three for k in kinds}
-    if ck.has(at + "mlp.experts.gate_up_proj"): # gpt-oss: stacked, transposed, gate and value interleaved
+    # gpt-oss: stacked, transposed, gate and value interleaved
+    if ck.has(at + "mlp.experts.gate_up_proj"):
         e = at + "mlp.experts."
         both,bias = ck.take(e + "gate_up_proj").mT,ck.take(e + "gate_up_proj_bias")
-        return {"router.weight": ck.take(at + "mlp.router.weight"), "router.bias": ck.take(at + "mlp.router.bias"), "experts.gate_proj": both[:,::2], "experts.up_proj": both[:,1::2],
-                "experts.gate_bias": bias[:,::2], "experts.up_bias": bias[:,1::2], "experts.down_proj": ck.take(e + "down_proj").mT, "experts.down_bias": ck.take(e + "down_proj_bias")}
+        return {"router.weight": ck.take(at + "mlp.router.weight"),
+                "router.bias": ck.take(at + "mlp.router.bias"), "experts.gate_proj": both[:,::2],
+                "experts.up_proj": both[:,1::2],
+                "experts.gate_bias": bias[:,::2], "experts.up_bias": bias[:,1::2],
+                "experts.down_proj": ck.take(e + "down_proj").mT,
+                "experts.down_bias": ck.take(e + "down_proj_bias")}
     mixtral = ck.has(at + "block_sparse_moe.gate.weight")
     e,theirs = (at + "block_sparse_moe.", ("w1", "w3", "w2")) if mixtral else (at + "mlp.", three)
     out = {"router.weight": ck.take(e + "gate.weight")}
-    for ours,name in zip(three, theirs): out["experts." + ours] = torch.stack([ck.take(f"{e}experts.{i}.{name}.weight") for i in range(c.num_experts)])
-    if c.moe_num_shared: out |= {f"shared.{n}.weight": ck.take(f"{e}shared_experts.{n}.weight") for n in three}
+    for ours,name in zip(three, theirs):
+        out["experts." + ours] = torch.stack(
+            [ck.take(f"{e}experts.{i}.{name}.weight") for i in range(c.num_experts)])
+    if c.moe_num_shared:
+        out |= {f"shared.{n}.weight": ck.take(f"{e}shared_experts.{n}.weight") for n in three}
     if c.moe_bias_balancing: out["choice_bias"] = ck.take(e + "gate.e_score_correction_bias")
     return out
 
 # %% ../../nbs/9_ship/91_weights.ipynb #af52330b
-NORMS = dict(pre=dict(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm"), post=dict(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm"),
-             both=dict(attn_norm="input_layernorm", attn_post_norm="post_attention_layernorm", ffn_norm="pre_feedforward_layernorm", ffn_post_norm="post_feedforward_layernorm"))
+NORMS = dict(pre=dict(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+             post=dict(attn_post_norm="post_attention_layernorm",
+                       ffn_post_norm="post_feedforward_layernorm"),
+             both=dict(attn_norm="input_layernorm", attn_post_norm="post_attention_layernorm",
+                       ffn_norm="pre_feedforward_layernorm",
+                       ffn_post_norm="post_feedforward_layernorm"))
 
 def llama_tensors(ck:Checkpoint, # Where from
                   c:BantamConfig # The whole shape
                  )->dict: # {our name: tensor}
     "All tensors of a family that follows Llama."
-    out = {"embed_tokens.weight": ck.take("model.embed_tokens.weight"), "norm.weight": ck.take("model.norm.weight")}
+    out = {"embed_tokens.weight": ck.take("model.embed_tokens.weight"),
+           "norm.weight": ck.take("model.norm.weight")}
     if not c.tie_word_embeddings: out["lm_head.weight"] = ck.take("lm_head.weight")
     for i in range(c.num_hidden_layers):
         at,s = f"model.layers.{i}.",c.layer(i)
-        mine = {f"{ours}.weight": ck.take(f"{at}{theirs}.weight") for ours,theirs in NORMS[c.norm_placement].items()}
-        mine |= {f"attn.{n}": t for n,t in attention_tensors(ck, at + "self_attn.", s).items()} | {f"ffn.{n}": t for n,t in ffn_tensors(ck, at, s).items()}
+        mine = {f"{ours}.weight": ck.take(f"{at}{theirs}.weight")
+                for ours,theirs in NORMS[c.norm_placement].items()}
+        mine |= ({f"attn.{n}": t for n,t in attention_tensors(ck, at + "self_attn.", s).items()}
+                 | {f"ffn.{n}": t for n,t in ffn_tensors(ck, at, s).items()})
         out |= {f"layers.{i}.{n}": t for n,t in mine.items()}
-    if ck.config["model_type"].startswith("gemma"): out = {n: t + 1 if "norm" in n else t for n,t in out.items()}
+    if ck.config["model_type"].startswith("gemma"):
+        out = {n: t + 1 if "norm" in n else t for n,t in out.items()}
     return out
 
 def gpt2_tensors(ck:Checkpoint, # Where from
@@ -145,8 +183,11 @@ def gpt2_tensors(ck:Checkpoint, # Where from
                 )->dict: # {our name: tensor}
     "GPT-2: queries, keys and values are stacked already; matrices are stored (in, out)."
     at = "transformer." if ck.has("transformer.wte.weight") else ""
-    out = {"embed_tokens.weight": ck.take(at + "wte.weight"), "embed_positions.weight": ck.take(at + "wpe.weight")} | {f"norm.{k}": ck.take(f"{at}ln_f.{k}") for k in ("weight", "bias")}
-    names = {"attn_norm": "ln_1", "ffn_norm": "ln_2", "attn.qkv_proj": "attn.c_attn", "attn.o_proj": "attn.c_proj", "ffn.up_proj": "mlp.c_fc", "ffn.down_proj": "mlp.c_proj"}
+    out = {"embed_tokens.weight": ck.take(at + "wte.weight"),
+           "embed_positions.weight": ck.take(at + "wpe.weight")} | {
+               f"norm.{k}": ck.take(f"{at}ln_f.{k}") for k in ("weight", "bias")}
+    names = {"attn_norm": "ln_1", "ffn_norm": "ln_2", "attn.qkv_proj": "attn.c_attn",
+             "attn.o_proj": "attn.c_proj", "ffn.up_proj": "mlp.c_fc", "ffn.down_proj": "mlp.c_proj"}
     for i in range(c.num_hidden_layers):
         for ours,theirs in names.items():
             for k in ("weight", "bias"):
@@ -169,7 +210,9 @@ def from_hf(source # A folder, or a model object of `transformers`
     with torch.device("meta"): model = BantamForCausalLM(config)
     tensors = (gpt2_tensors if ck.config["model_type"] == "gpt2" else llama_tensors)(ck, config)
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    more = (f"model.layers.{config.num_hidden_layers}.",) if ck.config["model_type"] == "deepseek_v3" else ()
+    more = ((f"model.layers.{config.num_hidden_layers}.",)
+            if ck.config["model_type"] == "deepseek_v3" else ())
     if (left := ck.left(WITHOUT_EFFECT + tied + more)):
-        raise BantamError(f"{source}: tensor '{left[0]}' and {len(left) - 1} others have no place in our model; the checkpoint has a part that is not supported")
+        raise BantamError(f"{source}: tensor '{left[0]}' and {len(left) - 1} others have no place "
+                          "in our model; the checkpoint has a part that is not supported")
     return fill(model, tensors, source)

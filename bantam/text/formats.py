@@ -33,13 +33,16 @@ def heading(text:str # The word over a turn
 TURNS = {
     "bantam": {r: Turn(f"<|{n}_START|>", f"<|{n}_END|>") for r,n in PAIRS.items()},
     "chatml": {r: Turn(f"<|im_start|>{r}\n", "<|im_end|>", "\n") for r in ROLES},
-    "llama3": {r: Turn(f"<|start_header_id|>{r}<|end_header_id|>\n\n", "<|eot_id|>") for r in ROLES},
+    "llama3": {r: Turn(f"<|start_header_id|>{r}<|end_header_id|>\n\n", "<|eot_id|>")
+               for r in ROLES},
     "gemma": {r: Turn(f"<start_of_turn>{n}\n", "<end_of_turn>", "\n") for r,n in GEMMA.items()},
-    "alpaca": dict(system=Turn("", "", "\n\n"), user=heading("Instruction"), assistant=heading("Response")),
+    "alpaca": dict(system=Turn("", "", "\n\n"), user=heading("Instruction"),
+                   assistant=heading("Response")),
     "raw": dict(system=Turn(""), user=Turn(""), assistant=Turn("", "<|EOS|>"))}
 
 # %% ../../nbs/1_text/12c_formats.ipynb #3a2cafe5
-HABITS = dict(bantam={}, chatml=dict(bos=False), llama3=dict(trim=True), gemma=dict(trim=True, alternate=True, fold=True),
+HABITS = dict(bantam={}, chatml=dict(bos=False), llama3=dict(trim=True),
+              gemma=dict(trim=True, alternate=True, fold=True),
               alpaca=dict(trim=True, alternate=True), raw={})
 
 def marks_of(control=() # Control tokens beyond bantam's own
@@ -49,40 +52,58 @@ def marks_of(control=() # Control tokens beyond bantam's own
     return re.compile("(" + "|".join(map(re.escape, some)) + ")")
 
 # %% ../../nbs/1_text/12c_formats.ipynb #f64016ec
-KINDS = dict(name=str, turns=dict, bos=bool, system=(str, type(None)), trim=bool, alternate=bool, fold=bool, control=(list, tuple))
+KINDS = dict(name=str, turns=dict, bos=bool, system=(str, type(None)), trim=bool, alternate=bool,
+             fold=bool, control=(list, tuple))
 
 def check_format(spec # What should be a format: an object with the fields of `KINDS`
                 )->dict: # The same, with `Turn`s
     "The format, or a `BantamError` that says what is wrong with it."
-    if not isinstance(spec, dict): raise BantamError(f"a template is an object with {', '.join(KINDS)}; got {spec!r:.60}")
+    if not isinstance(spec, dict):
+        raise BantamError(f"a template is an object with {', '.join(KINDS)}; got {spec!r:.60}")
     for k,v in spec.items():
-        if k not in KINDS: raise BantamError(f"a template has no field {k!r}{nearest(k, KINDS)}; it has {', '.join(KINDS)}")
-        if not isinstance(v, KINDS[k]): raise BantamError(f"template field {k} is of the wrong kind: {v!r:.40}")
+        if k not in KINDS:
+            raise BantamError(f"a template has no field {k!r}{nearest(k, KINDS)}; "
+                              f"it has {', '.join(KINDS)}")
+        if not isinstance(v, KINDS[k]):
+            raise BantamError(f"template field {k} is of the wrong kind: {v!r:.40}")
     turns,control = spec.get("turns", {}),tuple(spec.get("control", ()))
-    if not all(isinstance(t, str) and t for t in control): raise BantamError(f"control must be a list of tokens, got {control!r:.60}")
-    if not {"user", "assistant"} <= turns.keys() <= {*ROLES}: raise BantamError(f"turns must be an object with user and assistant, and perhaps system and tool; got {turns!r:.60}")
-    if not spec.get("name") or spec["name"] in TURNS: raise BantamError(f"a template of your own needs a name of its own, got {spec.get('name')!r}")
-    if spec.get("system") and "system" not in turns: raise BantamError("a template with a system text needs a system turn")
-    return spec | dict(turns={r: check_turn(r, t, marks_of(control)) for r,t in turns.items()}, control=control)
+    if not all(isinstance(t, str) and t for t in control):
+        raise BantamError(f"control must be a list of tokens, got {control!r:.60}")
+    if not {"user", "assistant"} <= turns.keys() <= {*ROLES}:
+        raise BantamError("turns must be an object with user and assistant, "
+                          f"and perhaps system and tool; got {turns!r:.60}")
+    if not spec.get("name") or spec["name"] in TURNS:
+        raise BantamError("a template of your own needs a name of its own, "
+                          f"got {spec.get('name')!r}")
+    if spec.get("system") and "system" not in turns:
+        raise BantamError("a template with a system text needs a system turn")
+    return spec | dict(turns={r: check_turn(r, t, marks_of(control)) for r,t in turns.items()},
+                       control=control)
 
 def check_turn(role:str, # Whose
                t, # What should have the texts open, close and tail
                marks:re.Pattern # Finds control tokens
               )->Turn:
     "One turn of a format, or a `BantamError`."
-    if not isinstance(t, dict) or "open" not in t or not t.keys() <= {*Turn._fields} or not all(isinstance(v, str) for v in t.values()):
-        raise BantamError(f"turn {role!r} must have the texts open and perhaps close and tail; got {t!r:.60}")
+    if (not isinstance(t, dict) or "open" not in t or not t.keys() <= {*Turn._fields}
+        or not all(isinstance(v, str) for v in t.values())):
+        raise BantamError(f"turn {role!r} must have the texts open and perhaps close and tail; "
+                          f"got {t!r:.60}")
     close = t.get("close", "")
     if (close or role == "assistant") and not marks.fullmatch(close):
-        raise BantamError(f"turn {role!r} must close with one control token, got {close!r}; text after it is its tail")
+        raise BantamError(f"turn {role!r} must close with one control token, got {close!r}; "
+                          "text after it is its tail")
     return Turn(**t)
 
 # %% ../../nbs/1_text/12c_formats.ipynb #810feb59
 SMOLLM2 = dict(system="You are a helpful AI assistant named SmolLM, trained by Hugging Face")
-PUBLISHED = {"153280e3ff55d19d": ("chatml", {}), "872be49dbb638044": ("chatml", SMOLLM2), "ba03a121d097859c": ("llama3", {}),
-             "ecd6ae513fe103f0": ("gemma", {}), "8d9e3a3c114fb205": ("gemma", {}), "8368541fc91df091": ("alpaca", {})}
+PUBLISHED = {"153280e3ff55d19d": ("chatml", {}), "872be49dbb638044": ("chatml", SMOLLM2),
+             "ba03a121d097859c": ("llama3", {}),
+             "ecd6ae513fe103f0": ("gemma", {}), "8d9e3a3c114fb205": ("gemma", {}),
+             "8368541fc91df091": ("alpaca", {})}
 
 def fingerprint(program:str # As it stands in a file
                )->str: # 16 hexadecimal digits
     "A hash that does not see whether a line break in a literal is written out or escaped."
-    return hashlib.sha256(program.replace("\\n", "\n").strip().encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(
+        program.replace("\\n", "\n").strip().encode("utf-8", "replace")).hexdigest()[:16]

@@ -12,7 +12,8 @@ import json
 from ..core import BantamError, nearest
 
 # %% ../../nbs/1_text/12b_messages.ipynb #633647bc
-FIELDS = dict(system=("role", "content"), user=("role", "content"), assistant=("role", "content", "thinking", "tool_calls"),
+FIELDS = dict(system=("role", "content"), user=("role", "content"),
+              assistant=("role", "content", "thinking", "tool_calls"),
               tool=("role", "content", "error", "id"))
 ROLES = tuple(FIELDS)
 CALL = ("name", "arguments", "id")
@@ -22,17 +23,22 @@ def as_json(value, # Anything that JSON can hold
            )->str: # One line
     "JSON as it stands in a conversation: characters as they are, no NaN, keys in their order."
     try: return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e: raise BantamError(f"{what} cannot be written as JSON: {e}") from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise BantamError(f"{what} cannot be written as JSON: {e}") from None
 
 def check_call(call, # What should be a call of a tool
                where:str="a tool call" # Its place, for messages
               )->dict: # `name`, `arguments` and `id`, in this order
     "The call, or a `BantamError` that says what is wrong with it."
     if not isinstance(call, dict) or {*call} != {*CALL}:
-        raise BantamError(f"{where} must be an object with exactly {', '.join(CALL)}; got {call!r:.80}")
+        raise BantamError(f"{where} must be an object with exactly {', '.join(CALL)}; "
+                          f"got {call!r:.80}")
     for key in ("name", "id"):
-        if not isinstance(call[key], str) or not call[key]: raise BantamError(f"{where}: {key} must be a text that is not empty, got {call[key]!r:.40}")
-    if not isinstance(call["arguments"], dict) or not all(isinstance(k, str) for k in call["arguments"]):
+        if not isinstance(call[key], str) or not call[key]:
+            raise BantamError(f"{where}: {key} must be a text that is not empty, "
+                              f"got {call[key]!r:.40}")
+    if (not isinstance(call["arguments"], dict)
+        or not all(isinstance(k, str) for k in call["arguments"])):
         raise BantamError(f"{where}: arguments must be an object, got {call['arguments']!r:.40}")
     as_json(call["arguments"], f"{where}: arguments")
     return {k: call[k] for k in CALL}
@@ -42,30 +48,46 @@ def check_message(m, # What should be a message
                   n:int=0 # Its number, for messages
                  )->dict: # The same, with `assistant` for `agent` and without empty fields
     "The message, or a `BantamError` that says what is wrong with it."
-    if not isinstance(m, dict) or "role" not in m: raise BantamError(f"message {n} must be an object with 'role' and 'content', got {m!r:.80}")
+    if not isinstance(m, dict) or "role" not in m:
+        raise BantamError(f"message {n} must be an object with 'role' and 'content', got {m!r:.80}")
     role = "assistant" if m["role"] == "agent" else m["role"]
     if role not in list(FIELDS):
-        raise BantamError(f"message {n}: unknown role {role!r}{nearest(role, [*FIELDS, 'agent'])}; use {', '.join(FIELDS)}, agent")
+        raise BantamError(f"message {n}: unknown role {role!r}{nearest(role, [*FIELDS, 'agent'])}; "
+                          f"use {', '.join(FIELDS)}, agent")
     for k in m:
-        if k not in FIELDS[role]: raise BantamError(f"message {n} ({role}): unknown field {k!r}{nearest(k, FIELDS[role])}; it may have {', '.join(FIELDS[role])}")
+        if k not in FIELDS[role]:
+            raise BantamError(f"message {n} ({role}): "
+                              f"unknown field {k!r}{nearest(k, FIELDS[role])}; "
+                              f"it may have {', '.join(FIELDS[role])}")
     if role == "tool": return _check_answer(m, n)
     out = dict(role=role, content=m.get("content"))
     if out["content"] is None and m.get("tool_calls"): out["content"] = ""
     thinking,calls = m.get("thinking") or "",m.get("tool_calls") or []
     for name,value in (("content", out["content"]), ("thinking", thinking)):
-        if not isinstance(value, str): raise BantamError(f"message {n} ({role}): {name} must be text, got {type(value).__name__}")
-    if not isinstance(calls, list): raise BantamError(f"message {n} ({role}): tool_calls must be a list, got {type(calls).__name__}")
+        if not isinstance(value, str):
+            raise BantamError(f"message {n} ({role}): {name} must be text, "
+                              f"got {type(value).__name__}")
+    if not isinstance(calls, list):
+        raise BantamError(f"message {n} ({role}): tool_calls must be a list, "
+                          f"got {type(calls).__name__}")
     if thinking: out["thinking"] = thinking
-    if calls: out["tool_calls"] = [check_call(c, f"message {n} ({role}): tool call {i}") for i,c in enumerate(calls)]
+    if calls:
+        out["tool_calls"] = [check_call(c, f"message {n} ({role}): tool call {i}")
+                             for i,c in enumerate(calls)]
     return out
 
 def _check_answer(m, n):
     "A tool's answer: text alone, or an `id` with one of `content` and `error`."
-    given = {k: m[k] for k in ("id", "content", "error") if m.get(k) is not None or k == "content" and k in m and "id" in m}
-    if ("content" in given) == ("error" in given): raise BantamError(f"message {n} (tool) must have one of content and error, got {', '.join(given) or 'neither'}")
+    given = {k: m[k] for k in ("id", "content", "error") if m.get(k) is not None or k == "content"
+             and k in m and "id" in m}
+    if ("content" in given) == ("error" in given):
+        raise BantamError(f"message {n} (tool) must have one of content and error, "
+                          f"got {', '.join(given) or 'neither'}")
     for k,v in given.items():
-        if not isinstance(v, str) and (k != "content" or "id" not in given): raise BantamError(f"message {n} (tool): {k} must be text, got {type(v).__name__}")
-    if "error" in given and "id" not in given: raise BantamError(f"message {n} (tool): an error needs the id of the call that failed")
+        if not isinstance(v, str) and (k != "content" or "id" not in given):
+            raise BantamError(f"message {n} (tool): {k} must be text, got {type(v).__name__}")
+    if "error" in given and "id" not in given:
+        raise BantamError(f"message {n} (tool): an error needs the id of the call that failed")
     as_json(given.get("content"), f"message {n} (tool): content")
     return dict(role="tool") | given
 
@@ -84,11 +106,14 @@ def call_json(call:dict # A checked call
 
 def answer_text(m:dict # A checked message of role `tool`
                )->str:
-    "A tool's answer as it stands in its turn: JSON where it has an `id`, its content as it is where it has none."
-    return as_json({k: m[k] for k in ("id", "content", "error") if k in m}) if "id" in m else m["content"]
+    """A tool's answer as it stands in its turn: JSON where it has an `id`, its content as it is
+    where it has none."""
+    return (as_json({k: m[k] for k in ("id", "content", "error") if k in m}) if "id" in m
+            else m["content"])
 
 # %% ../../nbs/1_text/12b_messages.ipynb #5a60bbf7
-SHAREGPT = dict(human="user", gpt="assistant", function_response="tool", observation="tool", tool_response="tool")
+SHAREGPT = dict(human="user", gpt="assistant", function_response="tool", observation="tool",
+                tool_response="tool")
 
 def as_message(turn # A turn as it was written
               ): # In this room's names, unchecked
@@ -97,10 +122,12 @@ def as_message(turn # A turn as it was written
     m = dict(turn)
     if {"from", "value"} <= m.keys(): # the role first, as everywhere
         role = m.pop("from")
-        m = dict(role=SHAREGPT.get(role, role) if isinstance(role, str) else role, content=m.pop("value")) | m
+        m = dict(role=SHAREGPT.get(role, role) if isinstance(role, str) else role,
+                 content=m.pop("value")) | m
     for old,new in (("reasoning_content", "thinking"), ("tool_call_id", "id")):
         if old in m and new not in m: m[new] = m.pop(old)
-    if isinstance(m.get("tool_calls"), list): m["tool_calls"] = [_flat_call(c) for c in m["tool_calls"]]
+    if isinstance(m.get("tool_calls"), list):
+        m["tool_calls"] = [_flat_call(c) for c in m["tool_calls"]]
     return m
 
 def _flat_call(call):

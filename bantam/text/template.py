@@ -40,7 +40,8 @@ class ChatTemplate:
              )->"ChatTemplate":
         "The template of that name."
         if name in TEMPLATES: return TEMPLATES[name]
-        raise BantamError(f"no template is called {name!r}{nearest(name, TEMPLATES)}; use {', '.join(TEMPLATES)}")
+        raise BantamError(f"no template is called {name!r}{nearest(name, TEMPLATES)}; "
+                          f"use {', '.join(TEMPLATES)}")
 
     @cached_property
     def marks(self)->re.Pattern:
@@ -50,7 +51,8 @@ class ChatTemplate:
     @cached_property
     def tokens(self)->list: # In their order of appearance
         "The control tokens that the table needs."
-        texts = ["<|BOS|>"*self.bos] + [t for turn in self.turns.values() for t in (turn.open, turn.close)]
+        texts = ["<|BOS|>"*self.bos] + [t for turn in self.turns.values()
+                                        for t in (turn.open, turn.close)]
         return [*dict.fromkeys(t for text in texts for t in self.marks.findall(text))]
 
 TEMPLATES = {name: ChatTemplate(name, turns, **HABITS[name]) for name,turns in TURNS.items()}
@@ -76,7 +78,8 @@ def span(name:str, # Such as `THINK`
          n:int # Number of the message
         )->list[Piece]:
     "Text between a pair of control tokens."
-    return [Piece(f"<|{name}_START|>", True, n, "words"), Piece(text, False, n, "words"), Piece(f"<|{name}_END|>", True, n, "words")]
+    return [Piece(f"<|{name}_START|>", True, n, "words"), Piece(text, False, n, "words"),
+            Piece(f"<|{name}_END|>", True, n, "words")]
 
 @patch
 def words(self:ChatTemplate,
@@ -87,7 +90,9 @@ def words(self:ChatTemplate,
     said = answer_text(m) if m["role"] == "tool" else m["content"]
     out = [Piece(said.strip() if self.trim else said, False, n, "words")]
     if "thinking" in m: out = span("THINK", m["thinking"], n) + out
-    if "tool_calls" in m and "tool" not in self.turns: raise BantamError(f"message {n}: template {self.name!r} has no tools; it knows {', '.join(self.turns)}")
+    if "tool_calls" in m and "tool" not in self.turns:
+        raise BantamError(f"message {n}: template {self.name!r} has no tools; "
+                          f"it knows {', '.join(self.turns)}")
     for call in m.get("tool_calls", []): out += span("TOOL_CALL", call_json(call), n)
     return out
 
@@ -111,12 +116,17 @@ def check_order(self:ChatTemplate,
     roles = [m["role"] for m in turns]
     for n,r in enumerate(roles):
         if r not in self.turns and not (self.fold and r == "system"):
-            raise BantamError(f"message {n}: template {self.name!r} has no turn for role {r!r}; it knows {', '.join(self.turns)}")
+            raise BantamError(f"message {n}: template {self.name!r} has no turn for role {r!r}; "
+                              f"it knows {', '.join(self.turns)}")
     if not self.alternate: return
     first = int(roles[0] == "system")
     for n,r in enumerate(roles[first:]):
-        if r != ("user", "assistant")[n % 2]: raise BantamError(f"message {n+first} ({r}): in template {self.name!r} user and assistant must take turns")
-    if self.fold and len(roles) == first: raise BantamError(f"template {self.name!r} writes the system's words in the first user's turn, and there is none")
+        if r != ("user", "assistant")[n % 2]:
+            raise BantamError(f"message {n+first} ({r}): in template {self.name!r} user and "
+                              "assistant must take turns")
+    if self.fold and len(roles) == first:
+        raise BantamError(f"template {self.name!r} writes the system's words in the first user's "
+                          "turn, and there is none")
 
 @patch
 def pieces(self:ChatTemplate,
@@ -127,11 +137,14 @@ def pieces(self:ChatTemplate,
     turns,before = check_messages(messages),[]
     self.check_order(turns)
     out = self.form("<|BOS|>", -1) if self.bos else []
-    if self.system and turns[0]["role"] != "system": out += self.turn(dict(role="system", content=self.system), -1)
+    if self.system and turns[0]["role"] != "system":
+        out += self.turn(dict(role="system", content=self.system), -1)
     for n,m in enumerate(turns):
-        if self.fold and m["role"] == "system": before = [Piece(m["content"], False, n, "words"), Piece("\n\n", False, n)]
+        if self.fold and m["role"] == "system":
+            before = [Piece(m["content"], False, n, "words"), Piece("\n\n", False, n)]
         else: out,before = out + self.turn(m, n, before),[]
-    return out + self.form(self.turns["assistant"].open, len(turns)) if add_generation_prompt else out
+    return out + self.form(self.turns["assistant"].open,
+                           len(turns)) if add_generation_prompt else out
 
 @patch
 def text(self:ChatTemplate,
@@ -146,7 +159,8 @@ def text(self:ChatTemplate,
 class Encoded:
     "A conversation as ids, each with its origin; four lists of one length, and who speaks."
     ids:list[int]=field(default_factory=list) # Token ids
-    turn:list[int]=field(default_factory=list) # Which message; -1 for what belongs to none; a generation prompt counts as the next one
+    # Which message; -1 for what belongs to none; a generation prompt counts as the next one
+    turn:list[int]=field(default_factory=list)
     words:list[bool]=field(default_factory=list) # Is it one of the words of its message?
     close:list[bool]=field(default_factory=list) # Does it close the turn?
     roles:list[str]=field(default_factory=list) # Of each message
@@ -158,10 +172,12 @@ class Encoded:
            )->None:
         "Append to the four lists."
         self.ids.extend(ids)
-        for column,value in ((self.turn, turn), (self.words, part == "words"), (self.close, part == "close")):
+        for column,value in ((self.turn, turn), (self.words, part == "words"),
+                             (self.close, part == "close")):
             column.extend([value] * len(ids))
 
-    def _of(self, column): return [v and t >= 0 and self.roles[t] == "assistant" for v,t in zip(column, self.turn)]
+    def _of(self, column):
+        return [v and t >= 0 and self.roles[t] == "assistant" for v,t in zip(column, self.turn)]
 
     @property
     def content(self)->list[bool]:
@@ -181,8 +197,10 @@ def control_id(self:ChatTemplate,
               )->int:
     "The id of a control token, or an error that says which one is missing."
     if (i := tokenizer.id_of(token)) is not None: return i
-    need = f"template {self.name!r}" if token in self.tokens else f"a {token.strip('<|>').replace('_', ' ').rsplit(' ', 1)[0].lower()}"
-    raise BantamError(f"{need} needs the control token {token}, which this vocabulary lacks; use another template, or a vocabulary that has it")
+    need = (f"template {self.name!r}" if token in self.tokens
+            else f"a {token.strip('<|>').replace('_', ' ').rsplit(' ', 1)[0].lower()}")
+    raise BantamError(f"{need} needs the control token {token}, which this vocabulary lacks; "
+                      "use another template, or a vocabulary that has it")
 
 @patch
 def encode(self:ChatTemplate,
@@ -196,9 +214,11 @@ def encode(self:ChatTemplate,
         raise BantamError("nothing is generated after EOS; ask for a generation prompt or for EOS")
     for token in self.tokens: self.control_id(token, tokenizer)
     pieces = self.pieces(messages, add_generation_prompt)
-    out = Encoded(roles=["assistant" if m["role"] == "agent" else m["role"] for m in messages] + ["assistant"]*add_generation_prompt)
+    out = Encoded(roles=["assistant" if m["role"] == "agent" else m["role"] for m in messages]
+                  + ["assistant"]*add_generation_prompt)
     for p in pieces:
-        out.add([self.control_id(p.text, tokenizer)] if p.control else tokenizer.encode(p.text), p.turn, p.part)
+        out.add([self.control_id(p.text, tokenizer)] if p.control else tokenizer.encode(p.text),
+                p.turn, p.part)
     if include_eos: out.add([tokenizer.eos_id], -1)
     return out
 
@@ -208,7 +228,8 @@ def stop_ids(self:ChatTemplate,
              tokenizer:BantamTokenizer # The vocabulary
             )->list[int]: # Ids that end an answer
     "The ids on which generation stops."
-    return [*dict.fromkeys((self.control_id(self.turns["assistant"].close, tokenizer), tokenizer.eos_id))]
+    return [*dict.fromkeys((self.control_id(self.turns["assistant"].close, tokenizer),
+                            tokenizer.eos_id))]
 
 # %% ../../nbs/1_text/13_template.ipynb #ab2d2c83
 @patch(cls_method=True)
@@ -236,38 +257,57 @@ def _expr(text):
 
 def _show(text): return "{{ " + _expr(text) + " }}" if text else ""
 
-SPANS = ("{% if message['thinking'] %}{{ '<|THINK_START|>' + message['thinking'] + '<|THINK_END|>' }}{% endif %}",
-         "{% for call in message['tool_calls'] or [] %}{{ '<|TOOL_CALL_START|>' + ({'name': call['name'], 'arguments': call['arguments'], 'id': call['id']} | tojson)"
+SPANS = ("{% if message['thinking'] %}{{ '<|THINK_START|>' + message['thinking'] + '<|THINK_END|>' "
+         "}}{% endif %}",
+         "{% for call in message['tool_calls'] or [] %}{{ '<|TOOL_CALL_START|>' + ({'name': "
+         "call['name'], 'arguments': call['arguments'], 'id': call['id']} | tojson)"
          " + '<|TOOL_CALL_END|>' }}{% endfor %}")
-ANSWER = ("{% if message['id'] is not defined %}{{ message['content'] }}{% elif message['error'] is defined %}"
-          "{{ {'id': message['id'], 'error': message['error']} | tojson }}{% else %}{{ {'id': message['id'], 'content': message['content']} | tojson }}{% endif %}")
+ANSWER = ("{% if message['id'] is not defined %}{{ message['content'] }}{% elif message['error'] "
+          "is defined %}"
+          "{{ {'id': message['id'], 'error': message['error']} | tojson }}{% else %}{{ {'id': "
+          "message['id'], 'content': message['content']} | tojson }}{% endif %}")
 
 @patch
 def _branch(self:ChatTemplate, role, t):
     "What the program does with a message of one role."
     words = "{{ (message['content'] or '') " + "| trim "*self.trim + "}}"
     if role == "tool": words = ANSWER
-    if role == "user" and self.fold: words = "{% if loop.index0 == first %}{{ prefix }}{% endif %}" + words
+    if role == "user" and self.fold:
+        words = "{% if loop.index0 == first %}{{ prefix }}{% endif %}" + words
     if role != "assistant": return _show(t.open) + words + _show(t.close + t.tail)
     calls = SPANS[1] if "tool" in self.turns else ""
-    return _show(t.open) + "{% generation %}" + SPANS[0] + words + calls + _show(t.close) + "{% endgeneration %}" + _show(t.tail)
+    return (_show(t.open) + "{% generation %}" + SPANS[0] + words + calls + _show(t.close)
+            + "{% endgeneration %}" + _show(t.tail))
 
 @patch
 def jinja(self:ChatTemplate)->str: # For `chat_template` in `tokenizer_config.json`
     "The template as a Jinja program."
     own = dataclasses.asdict(self) | dict(turns={r: t._asdict() for r,t in self.turns.items()})
-    mark = self.name if TEMPLATES.get(self.name) == self else json.dumps(own).replace("#", "\\u0023")
+    mark = self.name if TEMPLATES.get(self.name) == self else json.dumps(
+        own).replace("#", "\\u0023")
     rows,turns = [f"{{#- bantam template: {mark} -#}}", _show("<|BOS|>"*self.bos)],dict(self.turns)
     if self.alternate: rows.append("{% set first = 1 if messages[0]['role'] == 'system' else 0 %}")
-    if self.fold: rows.append("{% set prefix = messages[0]['content'] + '\\n\\n' if first else '' %}")
-    if self.system: rows.append("{% if messages[0]['role'] != 'system' %}" + _show(self.turns["system"].open + self.system + self.turns["system"].close + self.turns["system"].tail) + "{% endif %}")
+    if self.fold:
+        rows.append("{% set prefix = messages[0]['content'] + '\\n\\n' if first else '' %}")
+    if self.system:
+        rows.append(
+            "{% if messages[0]['role'] != 'system' %}" + _show(
+                self.turns["system"].open + self.system + self.turns["system"].close
+                + self.turns["system"].tail) + "{% endif %}")
     rows.append("{% for message in messages %}")
-    if self.alternate: rows.append("{% if loop.index0 >= first and (message['role'] == 'user') != ((loop.index0 - first) % 2 == 0) %}{{ raise_exception('user and assistant must take turns') }}{% endif %}")
-    branches = {r: self._branch(r, t) for r,t in turns.items()} | (dict(system="") if self.fold else {})
+    if self.alternate:
+        rows.append("{% if loop.index0 >= first and (message['role'] == 'user') != ((loop.index0 - "
+                    "first) % 2 == 0) %}{{ raise_exception('user and assistant must take turns') "
+                    "}}{% endif %}")
+    branches = {r: self._branch(r, t) for r,t in turns.items()} | (
+        dict(system="") if self.fold else {})
     for k,(role,body) in enumerate(branches.items()):
-        rows.append("{% " + ("elif" if k else "if") + f" message['role'] in {[role] + ['agent']*(role == 'assistant')} %}}" + body)
-    rows.append("{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}")
-    return "".join(rows) + "{% if add_generation_prompt %}" + _show(self.turns["assistant"].open) + "{% endif %}"
+        rows.append("{% " + ("elif" if k else "if")
+                    + f" message['role'] in {[role] + ['agent']*(role == 'assistant')} %}}" + body)
+    rows.append("{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% "
+                "endfor %}")
+    return ("".join(rows) + "{% if add_generation_prompt %}" + _show(self.turns["assistant"].open)
+            + "{% endif %}")
 
 # %% ../../nbs/1_text/13_template.ipynb #c767ff21
 @patch(cls_method=True)
@@ -279,7 +319,9 @@ def of(cls:ChatTemplate,
     if found := re.match(r"\{#- bantam template: (\w+|\{.*?\}) -#\}", str(jinja)):
         if found[1][0] != "{": return cls.named(found[1])
         try: return cls.custom(json.loads(found[1]))
-        except ValueError as e: raise BantamError(f"the template in this tokenizer's chat_template is damaged: {e}") from None
+        except ValueError as e:
+            raise BantamError("the template in this tokenizer's chat_template is damaged: "
+                              f"{e}") from None
     name,changes = PUBLISHED.get(fingerprint(str(jinja)), (None, {}))
     if name: return dataclasses.replace(cls.named(name), **changes)
     raise BantamError("the chat_template of this tokenizer was not written by bantam, which runs "

@@ -28,7 +28,7 @@ def adamw_step(param:Tensor, # The weight; changed in place
     param.mul_(1 - lr*decay).sub_(lr*ratio)
 
 # %% ../../nbs/4_train/40_adamw.ipynb #99022bda
-def fused_adamw(groups:list, # `[{"params": [...], "weight_decay": ...}]`, as PyTorch takes them; empty ones are left out
+def fused_adamw(groups:list, # As PyTorch takes them: params, weight_decay; empty ones go
                 lr:float=3e-4, # Learning rate
                 betas:tuple=(.9, .95), # Memories of the gradient and of its square
                 eps:float=1e-8 # Keeps the ratio finite where gradients vanish
@@ -38,7 +38,8 @@ def fused_adamw(groups:list, # `[{"params": [...], "weight_decay": ...}]`, as Py
     if not groups: return None
     adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     for p in (p for g in groups for p in g["params"]):
-        adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                              exp_avg_sq=torch.zeros_like(p))
     return adamw
 
 # %% ../../nbs/4_train/40_adamw.ipynb #f012aef9
@@ -46,7 +47,8 @@ def fused_adamw(groups:list, # `[{"params": [...], "weight_decay": ...}]`, as Py
 def clip_grad_norm(params, # Parameters; those without a gradient are passed over
                    max_norm:float=0. # The longest gradient allowed; 0 only measures
                   )->float: # Length before clipping; NaN or infinite when any entry is
-    "Scale all gradients so that their common l2 norm is at most `max_norm`. Source: Pascanu et al., 2013."
+    """Scale all gradients so that their common l2 norm is at most `max_norm`. Source: Pascanu et
+    al., 2013."""
     grads = [p.grad for p in params if p.grad is not None]
     if not grads: return 0.
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()

@@ -24,7 +24,8 @@ def decay_of(half_life:float # Steps after which a value counts half
 def newest_share(decay:float, # From `decay_of`
                  step:int # How many values were seen, the new one with them
                 )->float: # From 1 down to `1 - decay`
-    "How much of the average is the newest value. Source: Kingma and Ba, 2015, section 3, for the correction."
+    """How much of the average is the newest value. Source: Kingma and Ba, 2015, section 3, for the
+    correction."""
     return (1 - decay) / (1 - decay**step)
 
 # %% ../../nbs/4_train/40c_average.ipynb #19b316cb
@@ -37,13 +38,15 @@ def moving_tensors(model:nn.Module # Any model
     return out
 
 class WeightAverage:
-    "Exponential moving average of a model's weights and buffers. Source: Polyak and Juditsky, 1992."
+    """Exponential moving average of a model's weights and buffers. Source: Polyak and Juditsky,
+    1992."""
     def __init__(self,
                  model:nn.Module, # The model to follow; it is not changed
                  half_life_steps:float=1000 # Steps after which a value counts half
                 ):
         self.decay,self.steps = decay_of(half_life_steps),0
-        self.tensors = {n: t.float().clone() if t.is_floating_point() else t.clone() for n,t in moving_tensors(model).items()}
+        self.tensors = {n: t.float().clone() if t.is_floating_point() else t.clone()
+                        for n,t in moving_tensors(model).items()}
 
     @torch.no_grad()
     def update(self,
@@ -81,7 +84,11 @@ def load_state_dict(self:WeightAverage,
                    )->None:
     "Go on from there; what belongs to another model is refused by name."
     for n,t in self.state_dict().items():
-        if n not in tensors: raise BantamError(f"average of the weights: tensor '{n}' is missing; resume with the ema_half_life that the run began with")
-        if tensors[n].shape != t.shape: raise BantamError(f"average of the weights: '{n}' is {tuple(tensors[n].shape)}, the model needs {tuple(t.shape)}")
+        if n not in tensors:
+            raise BantamError(f"average of the weights: tensor '{n}' is missing; "
+                              "resume with the ema_half_life that the run began with")
+        if tensors[n].shape != t.shape:
+            raise BantamError(f"average of the weights: '{n}' is {tuple(tensors[n].shape)}, "
+                              f"the model needs {tuple(t.shape)}")
     for n,t in self.tensors.items(): t.copy_(tensors[n])
     self.steps = int(tensors["steps"])

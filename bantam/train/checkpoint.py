@@ -25,14 +25,16 @@ from safetensors.torch import load_file, save_file
 
 from .. import __version__
 from ..args import TrainingArgs
-from ..core import BantamError, digest, new_folder, read_json, sha256_file, sweep, write_durable, write_json
+from ..core import (BantamError, digest, new_folder, read_json, sha256_file, sweep,
+                         write_durable, write_json)
 from ..model.files import WATCHING, read_tensors, sha256_written
 from ..runtime import rng_state, set_rng_state
 
 log = logging.getLogger("bantam")
 
 # %% ../../nbs/4_train/42_checkpoint.ipynb #67d37abc
-NEEDED = ("model.safetensors", "config.json", "generation_config.json", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
+NEEDED = ("model.safetensors", "config.json", "generation_config.json", "optimizer.safetensors",
+          "optimizer.json", "rng.safetensors",
           "training_state.json", "training_args.json") # No checkpoint without these
 
 def collect(write, # Called with a path, makes a folder of files there
@@ -41,7 +43,8 @@ def collect(write, # Called with a path, makes a folder of files there
     "Let a writer that wants a folder for itself add to a shared one."
     write(part := folder/"part")
     for p in part.iterdir():
-        if (folder/p.name).exists(): raise BantamError(f"two writers of a checkpoint both wrote {p.name}; rename one")
+        if (folder/p.name).exists():
+            raise BantamError(f"two writers of a checkpoint both wrote {p.name}; rename one")
         os.replace(p, folder/p.name)
     part.rmdir()
 
@@ -52,13 +55,14 @@ def fill(folder:Path, # An empty folder
          optimizer, # Has `state_dict`
          state:dict, # What else the run must remember, ready for JSON
          args:TrainingArgs, # What the run was told
-         extra=None, # Called with the folder, writes what only some runs have: an average of the weights, experts
+         extra=None, # Called with the folder, writes what few runs have: averaged weights, experts
          done=lambda path,tensors: None # Called with the file of the optimiser when it is written
         )->None:
     "Write every file but the manifest."
     tensors,settings = optimizer.state_dict()
     def theirs():
-        save_file(whole := {k: t.contiguous() for k,t in tensors.items()}, file := folder/"optimizer.safetensors")
+        save_file(whole := {k: t.contiguous() for k,t in tensors.items()},
+                  file := folder/"optimizer.safetensors")
         done(file, whole)
     with ThreadPoolExecutor(1) as beside:
         written = beside.submit(theirs)
@@ -67,9 +71,11 @@ def fill(folder:Path, # An empty folder
     if tokenizer is not None: collect(tokenizer.save, folder)
     ids = {f"{k}_token_id": getattr(model.config, f"{k}_token_id") for k in ("bos", "pad", "eos")}
     end = tokenizer.id_of("<|AGENT_END|>") if tokenizer is not None else None
-    if end is not None: ids["eos_token_id"] = [ids["eos_token_id"], end] # An answer ends a generation, as a document does
+    # An answer ends a generation, as a document does
+    if end is not None: ids["eos_token_id"] = [ids["eos_token_id"], end]
     save_file(rng_state(), folder/"rng.safetensors")
-    for name,obj in (("generation_config", ids), ("optimizer", settings), ("training_state", dict(step=step) | state),
+    for name,obj in (("generation_config", ids), ("optimizer", settings),
+                     ("training_state", dict(step=step) | state),
                      ("training_args", args.to_dict())): write_json(folder/f"{name}.json", obj)
     if extra is not None: extra(folder)
 
@@ -80,10 +86,12 @@ def trace(s:os.stat_result # Of a file
     return s.st_ino,s.st_size,s.st_mtime_ns
 
 class Seal:
-    "Has the files of a folder on the disk and hashed while others are still being written; a context."
+    """Has the files of a folder on the disk and hashed while others are still being written; a
+    context."""
     def __init__(self,
                  folder:Path # The folder
-                ): self.folder,self.pool,self.open,self.work = folder,ThreadPoolExecutor(4),ExitStack(),{}
+                ): self.folder,self.pool,self.open,self.work = folder,ThreadPoolExecutor(
+                    4),ExitStack(),{}
     def __enter__(self): WATCHING.append(self.take); return self
     def __exit__(self, *error):
         WATCHING.remove(self.take)
@@ -95,19 +103,23 @@ class Seal:
             )->None:
         "Begin with a file."
         file = self.open.enter_context(open(path, "rb")) # open, it keeps its number
-        hashed = self.pool.submit(sha256_file, path) if tensors is None else self.pool.submit(sha256_written, file, tensors)
-        self.work[trace(os.fstat(file.fileno()))] = hashed,self.pool.submit(lambda: os.fsync(file.fileno()))
+        hashed = (self.pool.submit(sha256_file, path) if tensors is None
+                  else self.pool.submit(sha256_written, file, tensors))
+        self.work[trace(os.fstat(file.fileno()))] = hashed,self.pool.submit(
+            lambda: os.fsync(file.fileno()))
 
     def close(self,
               about:dict # What else to record
              )->None:
-        "Take what was not taken yet, and write `manifest.json`: size and SHA-256 of each file, `about`, and the hash of all that."
+        """Take what was not taken yet, and write `manifest.json`: size and SHA-256 of each file,
+        `about`, and the hash of all that."""
         paths = sorted(p for p in self.folder.rglob("*") if p.is_file())
         marks = {p: trace(p.stat()) for p in paths}
         for p in paths:
             if marks[p] not in self.work: self.take(p)
         sums = {p: [part.result() for part in self.work[marks[p]]][0] for p in paths}
-        body = dict(version=1, files={p.relative_to(self.folder).as_posix(): dict(size=p.stat().st_size, sha256=sums[p]) for p in paths}) | about
+        body = dict(version=1, files={p.relative_to(self.folder).as_posix(): dict(
+            size=p.stat().st_size, sha256=sums[p]) for p in paths}) | about
         write_json(self.folder/"manifest.json", body | dict(sha256=digest(body)))
 
 # %% ../../nbs/4_train/42_checkpoint.ipynb #e70ddb63
@@ -115,7 +127,8 @@ def refuse(folder:Path, # A checkpoint
            what:str # Which file, and why
           )->None:
     "The one way to say no."
-    raise BantamError(f"checkpoint {folder}: {what}; name the run folder to use its newest good checkpoint, or start without one")
+    raise BantamError(f"checkpoint {folder}: {what}; name the run folder to use its newest good "
+                      "checkpoint, or start without one")
 
 def read_manifest(folder:Path # A checkpoint
                  )->dict: # Its manifest
@@ -123,13 +136,17 @@ def read_manifest(folder:Path # A checkpoint
     try: body = read_json(folder/"manifest.json")
     except BantamError as e: refuse(folder, f"manifest.json is missing or damaged ({e})")
     own = body.pop("sha256", None) if isinstance(body, dict) else None
-    if own is None or own != digest(body): refuse(folder, "manifest.json is damaged (it does not have the SHA-256 that it says)")
+    if own is None or own != digest(body):
+        refuse(folder, "manifest.json is damaged (it does not have the SHA-256 that it says)")
     files = body.get("files")
-    if body.get("version") != 1: refuse(folder, f"manifest.json has version {body.get('version')}, this bantam reads 1")
-    if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()): refuse(folder, "manifest.json lists no files")
+    if body.get("version") != 1:
+        refuse(folder, f"manifest.json has version {body.get('version')}, this bantam reads 1")
+    if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()):
+        refuse(folder, "manifest.json lists no files")
     if type(body.get("order")) is not int: refuse(folder, "manifest.json has no order")
     for name in files:
-        if not re.fullmatch(r"(\w+/)?\w[\w.-]*", name): refuse(folder, f"manifest.json names {name!r}, which is not a plain file name")
+        if not re.fullmatch(r"(\w+/)?\w[\w.-]*", name):
+            refuse(folder, f"manifest.json names {name!r}, which is not a plain file name")
     for name in NEEDED:
         if name not in files: refuse(folder, f"manifest.json does not list {name}")
     return body
@@ -139,7 +156,8 @@ SEEN:dict = {} # What this process has found whole: {checkpoint: its `traces`}
 def traces(folder:Path # A checkpoint
           )->dict: # {file: (size, time of its last change, its number on the disk)}
     "What is no longer the same when somebody has written to a file, or put another in its place."
-    return {str(p): (s.st_size, s.st_ctime_ns, s.st_ino) for p in folder.rglob("*") for s in [p.lstat()]}
+    return {str(p): (s.st_size, s.st_ctime_ns, s.st_ino) for p in folder.rglob("*")
+            for s in [p.lstat()]}
 
 def verify_checkpoint(folder # A checkpoint
                      )->dict: # Its manifest
@@ -150,9 +168,14 @@ def verify_checkpoint(folder # A checkpoint
     before,manifest = traces(folder),read_manifest(folder)
     for name,want in manifest["files"].items():
         path = folder/name
-        if any((folder/part).is_symlink() for part in (name, name.split("/")[0])) or not path.is_file(): refuse(folder, f"{name} is missing")
-        if path.stat().st_size != want.get("size"): refuse(folder, f"{name} has {path.stat().st_size} bytes, {want.get('size')} were written")
-        if sha256_file(path) != want.get("sha256"): refuse(folder, f"{name} is damaged (it does not have the SHA-256 that was written)")
+        if (any((folder/part).is_symlink() for part in (name, name.split("/")[0]))
+            or not path.is_file()):
+            refuse(folder, f"{name} is missing")
+        if path.stat().st_size != want.get("size"):
+            refuse(folder, f"{name} has {path.stat().st_size} bytes, "
+                           f"{want.get('size')} were written")
+        if sha256_file(path) != want.get("sha256"):
+            refuse(folder, f"{name} is damaged (it does not have the SHA-256 that was written)")
     SEEN[str(folder)] = before
     return manifest
 
@@ -170,7 +193,8 @@ def checkpoints(run_dir # A run folder, or its `checkpoints` folder
     "All checkpoints of a run, good or not."
     home = Path(run_dir)
     home = home/"checkpoints" if (home/"checkpoints").is_dir() else home
-    return sorted((p for p in home.glob("step-*") if STEP.fullmatch(p.name)), key=lambda p: (order_of(p), p.name), reverse=True)
+    return sorted((p for p in home.glob("step-*") if STEP.fullmatch(p.name)),
+                  key=lambda p: (order_of(p), p.name), reverse=True)
 
 def newest_checkpoint(folder # A run folder, its `checkpoints` folder, or one checkpoint
                      )->Path: # A checkpoint that has just been verified
@@ -183,11 +207,13 @@ def newest_checkpoint(folder # A run folder, its `checkpoints` folder, or one ch
         try: verify_checkpoint(c)
         except BantamError as e: log.warning("NOT USED, the one before it is tried: %s", e)
         else: return c
-    raise BantamError(f"{folder} holds no good checkpoint (looked for checkpoints/step-*); check the path, or start without resuming")
+    raise BantamError(f"{folder} holds no good checkpoint (looked for checkpoints/step-*); "
+                      "check the path, or start without resuming")
 
 def weights_folder(folder # A model folder, a checkpoint, or a run folder
                   )->Path: # A folder with `config.json` and `model.safetensors`
-    "Where the weights are that someone means by `--model`: of a run, those of its newest good checkpoint, else the final ones."
+    """Where the weights are that someone means by `--model`: of a run, those of its newest good
+    checkpoint, else the final ones."""
     folder = Path(folder)
     if (folder/"config.json").exists():
         if (folder/"manifest.json").exists(): verify_checkpoint(folder)
@@ -207,8 +233,10 @@ def pointed(run_dir, # A run folder
 
 def discard(folder:Path # A folder to delete
            )->None:
-    "Take away a folder so that no moment shows half of it under its name; its place on the disk is given back in the background."
-    old = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}") # `sweep` ends what a kill leaves of it
+    """Take away a folder so that no moment shows half of it under its name; its place on the disk
+    is given back in the background."""
+    # `sweep` ends what a kill leaves of it
+    old = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}")
     os.replace(folder, old)
     LEAVING.append(CLEANER.submit(shutil.rmtree, old, ignore_errors=True))
 
@@ -220,16 +248,19 @@ def cleared()->None:
 
 def is_good(folder:Path # A checkpoint
            )->bool: # Is it whole?
-    "`verify_checkpoint` as a question, which is read from the disk once, and again when a file was touched."
+    """`verify_checkpoint` as a question, which is read from the disk once, and again when a file
+    was touched."""
     try: return SEEN.get(str(folder)) == traces(folder) or bool(verify_checkpoint(folder))
     except (BantamError, OSError): return False
 
 def prune(run_dir, # A run folder
-          keep_last_k:int=3 # How many stay; the best and the tagged do too, and never fewer than two good ones
+          # How many stay; the best and the tagged do too, and never fewer than two good ones
+          keep_last_k:int=3
          )->list[str]: # Names of those that went
     "Delete old checkpoints."
     found,good,names = checkpoints(run_dir),0,[]
-    kept = {pointed(run_dir, n) for n in ("best", *(f"tags/{p.name}" for p in Path(run_dir).glob("tags/*")))}
+    kept = {pointed(run_dir, n) for n in (
+        "best", *(f"tags/{p.name}" for p in Path(run_dir).glob("tags/*")))}
     lost = [c for c in found if order_of(c) == float("inf")]
     found = [c for c in found if c not in lost]
     if len(found) <= max(2, keep_last_k) and not lost: return names
@@ -251,14 +282,18 @@ def save_checkpoint(run_dir, # The run folder
                     best:bool=False, # Is it the best so far? Then `best` points to it
                     extra=None # See `fill`
                    )->Path: # The finished folder
-    "Write `checkpoints/step-<step>/`. Whenever this is killed, the newest good checkpoint is the one before or this one."
+    """Write `checkpoints/step-<step>/`. Whenever this is killed, the newest good checkpoint is the
+    one before or this one."""
     run_dir = Path(run_dir)
     cleared()
     target = run_dir/"checkpoints"/f"step-{step:08d}"
     for home in (run_dir, run_dir/"checkpoints", run_dir/"tags"): sweep(home)
     order = 1 + max((o for o in map(order_of, checkpoints(run_dir)) if o < float("inf")), default=0)
-    about = dict(step=step, order=order, config=digest(model.config.to_dict()), tokenizer=getattr(tokenizer, "fingerprint", None),
-                 versions=dict(bantam=__version__, torch=torch.__version__, safetensors=safetensors.__version__, python=platform.python_version()))
+    about = dict(step=step, order=order, config=digest(model.config.to_dict()),
+                 tokenizer=getattr(tokenizer, "fingerprint", None),
+                 versions=dict(bantam=__version__, torch=torch.__version__,
+                               safetensors=safetensors.__version__,
+                               python=platform.python_version()))
     try:
         with new_folder(target) as folder, Seal(folder) as seal:
             fill(folder, step, model, tokenizer, optimizer, state, args, extra, seal.take)
@@ -268,7 +303,8 @@ def save_checkpoint(run_dir, # The run folder
             (run_dir/name).parent.mkdir(exist_ok=True)
             write_durable(run_dir/name, target.name + "\n")
     except (OSError, SafetensorError) as e:
-        raise BantamError(f"cannot write checkpoint {target}: {e}; free space or choose another out_dir (earlier checkpoints are as they were)") from e
+        raise BantamError(f"cannot write checkpoint {target}: {e}; free space or choose another "
+                          "out_dir (earlier checkpoints are as they were)") from e
     prune(run_dir, args.keep_last_k)
     return target
 
@@ -281,7 +317,8 @@ def load_weights(model, # Filled in place
 
 def load_checkpoint(folder, # One checkpoint, as `newest_checkpoint` gives it
                     model, # Filled in place
-                    optimizer=None, # Filled likewise, and the random generators are set; None loads weights only
+                    # Filled likewise, and the random generators are set; None loads weights only
+                    optimizer=None,
                     tokenizer=None # Must be the one of the run; None does not compare
                    )->dict: # The `state` that was saved, with `step`
     "Verify a checkpoint, see that it belongs to this model and tokenizer, and put everything back."
@@ -289,11 +326,14 @@ def load_checkpoint(folder, # One checkpoint, as `newest_checkpoint` gives it
     manifest,mine = verify_checkpoint(folder),model.config.to_dict()
     if digest(mine) != manifest.get("config"):
         was = read_json(folder/"config.json")
-        odd = [f"{k} is {was.get(k)} there and {mine.get(k)} here" for k in mine | was if was.get(k) != mine.get(k)]
+        odd = [f"{k} is {was.get(k)} there and {mine.get(k)} here"
+               for k in mine | was if was.get(k) != mine.get(k)]
         refuse(folder, f"config.json is of another model ({'; '.join(odd[:3])})")
     if tokenizer is not None and tokenizer.fingerprint != manifest.get("tokenizer"):
         refuse(folder, "tokenizer.json is not the tokenizer in use (their fingerprints differ)")
-    if optimizer is not None: optimizer.load_state_dict(load_file(folder/"optimizer.safetensors"), read_json(folder/"optimizer.json"))
+    if optimizer is not None:
+        optimizer.load_state_dict(load_file(folder/"optimizer.safetensors"),
+                                  read_json(folder/"optimizer.json"))
     load_weights(model, folder/"model.safetensors")
     if optimizer is not None: set_rng_state(load_file(folder/"rng.safetensors"))
     return read_json(folder/"training_state.json")

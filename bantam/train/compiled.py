@@ -35,7 +35,9 @@ class Compiled:
             out = self.fast(*args, **kwargs)
             self.tried = True
             return out
-        except Exception as e: why = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}"
+        except Exception as e:
+            why = (f"{type(e).__name__}: "
+                   f"{str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}")
         self.fast = None
         out = self.model(*args, **kwargs) # raises the model's own error, if that is what it was
         self.say(f"compile: the model could not be compiled and runs as it is ({why[:200]})")

@@ -76,7 +76,9 @@ class DealtMuon(Muon):
             if not runs: continue
             rows,cols = runs[0].rows,self.params[runs[0].index].shape[-1]
             if rank == self.ranks.rank: d_NRC = self.directions(runs).contiguous()
-            else: d_NRC = self.params[runs[0].index].new_empty(sum(r.count for r in runs), min(rows, cols), max(rows, cols), dtype=self.dtype)
+            else:
+                d_NRC = self.params[runs[0].index].new_empty(
+                    sum(r.count for r in runs), min(rows, cols), max(rows, cols), dtype=self.dtype)
             sent.append((runs, d_NRC, dist.broadcast(d_NRC, rank, async_op=True)))
         for runs,d_NRC,done in sent:
             done.wait()
@@ -96,7 +98,8 @@ class Part(NamedTuple):
     rows:int # Of the part
     cols:int # Likewise
     owner:int # The rank that computes it
-    held:tuple # For each rank: its rows of the part, as (first, last+1) within its share of the weight
+    # For each rank: its rows of the part, as (first, last+1) within its share of the weight
+    held:tuple
 
 def part_table(batches:list, # Of `Muon`
                shapes:list, # Whole shapes of its weights
@@ -108,7 +111,8 @@ def part_table(batches:list, # Of `Muon`
         at = first_rows(shapes[r.index], size)
         for start in range(r.start, r.start + r.count*r.rows, r.rows):
             spans = [(max(start, at[k]), min(start + r.rows, at[k+1])) for k in range(size)]
-            held = tuple((a - at[k], b - at[k]) if a < b else (0, 0) for k,(a,b) in enumerate(spans))
+            held = tuple((a - at[k], b - at[k]) if a < b else (0, 0)
+                         for k,(a,b) in enumerate(spans))
             homes = [k for k,(a,b) in enumerate(held) if b > a]
             owner = homes[0] if len(homes) == 1 else min(range(size), key=load.__getitem__)
             load[owner] += work(r.rows, shapes[r.index][-1])
@@ -119,7 +123,8 @@ def part_table(batches:list, # Of `Muon`
 class ShardedMuon(Muon):
     "Muon on shares of its weights: rows travel to the owner of their matrix and back."
     def __init__(self,
-                 muon:Muon, # Its settings and batches are taken over; its weights and averages are shares already
+                 # Its settings and batches are taken over; weights and averages are shares
+                 muon:Muon,
                  shapes:list, # Whole shapes of its weights
                  ranks:Ranks # More than one
                 ):
@@ -137,13 +142,16 @@ class ShardedMuon(Muon):
         parts = [p for p in self.parts if live is None or live[p.index]]
         mine = [p for p in parts if p.owner == me]
         # every rank sends its rows to their owners
-        rows_in = self.swap([[ahead[p.index][slice(*p.held[me])] for p in parts if p.owner == k] for k in range(self.ranks.size)],
+        rows_in = self.swap([[ahead[p.index][slice(*p.held[me])] for p in parts if p.owner == k]
+                             for k in range(self.ranks.size)],
                             [[(p.held[k], p.cols) for p in mine] for k in range(self.ranks.size)])
         whole = [torch.cat(pieces) for pieces in zip(*rows_in)]
         turned = self.orthogonal(whole)
         # and has the rows of their directions back
-        out = [[d[sum(b - a for a,b in p.held[:k]):][:p.held[k][1] - p.held[k][0]] for p,d in zip(mine, turned)] for k in range(self.ranks.size)]
-        rows_out = self.swap(out, [[(p.held[me], p.cols) for p in parts if p.owner == k] for k in range(self.ranks.size)])
+        out = [[d[sum(b - a for a,b in p.held[:k]):][:p.held[k][1] - p.held[k][0]]
+                for p,d in zip(mine, turned)] for k in range(self.ranks.size)]
+        rows_out = self.swap(out, [[(p.held[me], p.cols) for p in parts if p.owner == k]
+                                   for k in range(self.ranks.size)])
         for k,rows in enumerate(rows_out):
             for p,d in zip((p for p in parts if p.owner == k), rows):
                 w = self.params[p.index].view(-1, p.cols)[slice(*p.held[me])]
@@ -151,7 +159,7 @@ class ShardedMuon(Muon):
 
 # %% ../../nbs/4_train/43b_dealt.ipynb #c1e07cc2
 @patch
-def ahead(self:ShardedMuon)->list: # (rows of the share, C) for each weight, in the type of the products
+def ahead(self:ShardedMuon)->list: # (rows of the share, C) a weight, as products want it
     "Momentum, one step ahead, of this rank's rows."
     found = []
     for i,(w,avg) in enumerate(zip(self.params, self.averages)):
@@ -166,7 +174,8 @@ def swap(self:ShardedMuon,
          sizes:list # For each rank, `((first, last+1), C)` of what comes from it
         )->list: # For each rank, what came from it
     "Everybody sends something to everybody, in one exchange."
-    flat = [torch.cat([t.reshape(-1) for t in ts]) if ts else self.params[0].new_empty(0, dtype=self.dtype) for ts in out]
+    flat = [torch.cat([t.reshape(-1) for t in ts]) if ts else self.params[0].new_empty(
+        0, dtype=self.dtype) for ts in out]
     counts = [[(b - a)*c for (a,b),c in some] for some in sizes]
     got = self.params[0].new_empty(sum(map(sum, counts)), dtype=self.dtype)
     dist.all_to_all_single(got, torch.cat(flat), list(map(sum, counts)), [len(f) for f in flat])
@@ -182,7 +191,9 @@ def orthogonal(self:ShardedMuon,
     found = [None]*len(whole)
     for _,same in groupby(sorted(range(len(whole)), key=shape), key=shape):
         same = list(same)
-        d_NRC = newton_schulz(torch.stack([whole[i].mT if whole[i].shape[0] > whole[i].shape[1] else whole[i] for i in same]), self.triples, self.dtype, self.eps)
+        d_NRC = newton_schulz(
+            torch.stack([whole[i].mT if whole[i].shape[0] > whole[i].shape[1] else whole[i]
+                         for i in same]), self.triples, self.dtype, self.eps)
         for i,d in zip(same, d_NRC): found[i] = d.mT if whole[i].shape[0] > whole[i].shape[1] else d
     return found
 
@@ -198,17 +209,21 @@ class ShardedOptimizer(Optimizer):
         sources,self.ranks,self.seating = dict(model.named_parameters()),ranks,whole.table()
         self.sources = [sources[s.name] for s in whole.seats] # in the order of the seats
         shapes = {id(s.param): tuple(s.param.shape) for s in whole.seats}
-        share = {id(s.param): nn.Parameter(p.to_local().detach()) for s,p in zip(whole.seats, self.sources)}
-        def rows(param, t): # this rank's rows of something of the shape of a parameter; anything else stays
+        share = {id(s.param): nn.Parameter(p.to_local().detach())
+                 for s,p in zip(whole.seats, self.sources)}
+        def rows(param, t): # this rank's rows of what is shaped like a parameter
             if tuple(t.shape) != shapes[id(param)]: return t
-            a,b = (n//math.prod(t.shape[1:-1]) for n in first_rows(t.shape if t.ndim > 1 else (*t.shape, 1), ranks.size)[ranks.rank:][:2])
+            a,b = (n//math.prod(t.shape[1:-1]) for n in first_rows(
+                t.shape if t.ndim > 1 else (*t.shape, 1), ranks.size)[ranks.rank:][:2])
             return t[a:b].clone()
         muon = self.muon
         muon.averages = [rows(p, t) for p,t in zip(muon.params, muon.averages)]
-        muon_shapes,muon.params = [shapes[id(p)] for p in muon.params],[share[id(p)] for p in muon.params]
+        muon_shapes,muon.params = ([shapes[id(p)] for p in muon.params],
+                                   [share[id(p)] for p in muon.params])
         self.muon = ShardedMuon(muon, muon_shapes, ranks) if muon.params else muon
         if self.adamw is not None:
-            state = {share[id(p)]: {k: rows(p, t) for k,t in s.items()} for p,s in self.adamw.state.items()}
+            state = {share[id(p)]: {k: rows(p, t) for k,t in s.items()}
+                     for p,s in self.adamw.state.items()}
             for g in self.adamw.param_groups: g["params"] = [share[id(p)] for p in g["params"]]
             self.adamw.state.clear(); self.adamw.state.update(state)
         self.seats = [s._replace(param=share[id(s.param)]) for s in whole.seats]
@@ -234,13 +249,17 @@ def clip_grad_norm(self:ShardedOptimizer,
                   )->float: # The norm before clipping, of the whole gradient
     "Scale all shares so that the whole gradient's l2 norm is at most `max_norm`."
     params = self.params
-    length = lambda p: torch.linalg.vector_norm(p.grad, dtype=torch.float64)**2 if p.grad is not None else torch.zeros((), dtype=torch.float64, device=p.device)
+    def length(p): # squared; nothing where there is no gradient
+        if p.grad is None: return torch.zeros((), dtype=torch.float64, device=p.device)
+        return torch.linalg.vector_norm(p.grad, dtype=torch.float64)**2
     squares = self.ranks.sum_(torch.stack([length(p) for p in params]))
     norm = squares.sum().sqrt().item()
     if not 0 < max_norm < norm < math.inf: return norm
-    hidden,rest = ([i for i,s in enumerate(self.seats) if s.home == home] for home in ("muon", "adamw"))
+    hidden,rest = ([i for i,s in enumerate(self.seats) if s.home == home]
+                   for home in ("muon", "adamw"))
     for group in [[i] for i in hidden] + [rest] if self.by_layer else [hidden + rest]:
-        own,grads = squares[group].sum().sqrt().item(),[params[i].grad for i in group if params[i].grad is not None]
+        own,grads = (squares[group].sum().sqrt().item(),
+                     [params[i].grad for i in group if params[i].grad is not None])
         if own > max_norm and grads: torch._foreach_mul_(grads, max_norm/(own + 1e-6))
     return norm
 

@@ -32,11 +32,14 @@ def place_of(env # `os.environ`, or a mapping like it
     "Who this process is, as torchrun told it."
     if int(env.get("WORLD_SIZE") or 1) == 1: return 0,1,0,1
     missing = [n for n in TOLD if not env.get(n)]
-    if missing: raise BantamError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with torchrun, which sets all of them, "
+    if missing:
+        raise BantamError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} is not "
+                          "set; start with torchrun, which sets all of them, "
                                   "or unset WORLD_SIZE to train with one process")
     rank,size,local,local_size = (int(env[n]) for n in TOLD[:4])
     if not (0 <= rank < size and 0 <= local < local_size <= size):
-        raise BantamError(f"RANK {rank} of {size}, LOCAL_RANK {local} of {local_size}: no such place; start with torchrun")
+        raise BantamError(f"RANK {rank} of {size}, LOCAL_RANK {local} of {local_size}: "
+                          "no such place; start with torchrun")
     return rank,size,local,local_size
 
 # %% ../../nbs/4_train/43_distributed.ipynb #0795d5c7
@@ -48,22 +51,32 @@ def device_of(name:str, # As in `TrainingArgs.device`
     "What one of several ranks computes on."
     kind,_,index = name.partition(":")
     if kind == "auto": kind = "cuda" if gpus else "cpu"
-    if kind == "mps": raise BantamError("device mps cannot be shared by ranks: no backend sums its tensors; use device: cpu, or one process without torchrun")
-    if index: raise BantamError(f"device {name} is one device, and there are {local_size} ranks here; say device: {kind}, and each takes its own")
+    if kind == "mps":
+        raise BantamError("device mps cannot be shared by ranks: no backend sums its tensors; "
+                          "use device: cpu, or one process without torchrun")
+    if index:
+        raise BantamError(f"device {name} is one device, and there are {local_size} ranks here; "
+                          f"say device: {kind}, and each takes its own")
     if kind == "cuda" and local_size > gpus:
-        raise BantamError(f"{local_size} ranks on a machine with {gpus} CUDA devices; start torchrun with --nproc-per-node {max(gpus, 1)}, or say device: cpu")
-    if kind == "cuda" and not dist.is_nccl_available(): raise BantamError("device cuda on several ranks needs the backend NCCL, which this PyTorch lacks; say device: cpu")
+        raise BantamError(f"{local_size} ranks on a machine with {gpus} CUDA devices; "
+                          f"start torchrun with --nproc-per-node {max(gpus, 1)}, or say device: "
+                          "cpu")
+    if kind == "cuda" and not dist.is_nccl_available():
+        raise BantamError("device cuda on several ranks needs the backend NCCL, "
+                          "which this PyTorch lacks; say device: cpu")
     if kind == "cuda": return torch.device("cuda", local),"cpu:gloo,cuda:nccl"
     return pick_device(kind),"gloo"
 
 # %% ../../nbs/4_train/43_distributed.ipynb #2d575ec0
 class Ranks:
-    "The processes of this run, and this one's place among them. One process: everything here does nothing."
+    """The processes of this run, and this one's place among them. One process: everything here does
+    nothing."""
     def __init__(self,
                  rank:int=0, # Which one this is
                  size:int=1, # How many there are
                  device:torch.device=torch.device("cpu"), # Where this one computes
-                 parallel:str="ddp" # `ddp`: each holds the whole model; `fsdp`: each holds a share of it
+                 # `ddp`: each holds the whole model; `fsdp`: each holds a share of it
+                 parallel:str="ddp"
                 ): self.rank,self.size,self.device,self.parallel = rank,size,device,parallel
 
     @property
@@ -88,17 +101,20 @@ class Ranks:
         if where.type == "cuda": torch.cuda.set_device(where)
         else: torch.set_num_threads(max(1, (os.cpu_count() or 1)//local_size))
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=timedelta(days=1)) # One of us may be encoding a corpus for hours
+            # One of us may be encoding a corpus for hours
+            dist.init_process_group(backend, timeout=timedelta(days=1))
             atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
             dist.all_reduce(torch.zeros(1)) # Nobody goes on, and perhaps away, before all have met
         return cls(rank, size, where, parallel)
 
     def __repr__(self)->str:
-        return f"rank {self.rank} of {self.size} on {self.device}" + (f", {self.parallel}" if self.size > 1 else "")
+        return f"rank {self.rank} of {self.size} on {self.device}" + (
+            f", {self.parallel}" if self.size > 1 else "")
 
 # %% ../../nbs/4_train/43_distributed.ipynb #3093a40a
 def _child(f, rank, size, port, pipe):
-    os.environ.update(zip(TOLD, map(str, (rank, size, rank, size, "127.0.0.1", port))), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(zip(TOLD, map(str, (rank, size, rank, size, "127.0.0.1", port))),
+                      GLOO_SOCKET_IFNAME="lo")
     try: answer = True,f()
     except BaseException as e: answer = False,f"rank {rank}: {type(e).__name__}: {e}"
     pipe.send(answer)
@@ -113,7 +129,8 @@ def on_ranks(f, # Called without arguments in every process
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     ctx,answers = get_context("fork"),{}
     pipes = [ctx.Pipe(duplex=False) for _ in range(size)]
-    children = [ctx.Process(target=_child, args=(f, r, size, port, pipes[r][1]), daemon=True) for r in range(size)]
+    children = [ctx.Process(target=_child, args=(f, r, size, port, pipes[r][1]), daemon=True)
+                for r in range(size)]
     for c in children: c.start()
     for _,end in pipes: end.close()
     while len(answers) < size:
@@ -124,7 +141,8 @@ def on_ranks(f, # Called without arguments in every process
             except EOFError: answers[r] = False,f"rank {r} died without a word"
         if not ready: break
     for c in children: c.terminate() if len(answers) < size else c.join()
-    bad = [a for ok,a in answers.values() if not ok] or ["the ranks did not end in time"]*(len(answers) < size)
+    bad = ([a for ok,a in answers.values() if not ok]
+           or ["the ranks did not end in time"]*(len(answers) < size))
     if bad: raise BantamError("; ".join(bad))
     return [answers[r][1] for r in range(size)]
 
@@ -270,9 +288,11 @@ def lost(self:Ranks,
          then:str # What to do about it
         )->Exception: # To be raised: a sentence when a rank is gone, else the error itself
     "Turn the failure of a connection into a sentence."
-    gone = isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe", str(error))
+    gone = isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe",
+                                                         str(error))
     if self.size == 1 or not gone: return error
-    found = BantamError(f"rank {self.rank} lost another rank at {where}: it ended, was killed, or cannot be reached; {then}")
+    found = BantamError(f"rank {self.rank} lost another rank at {where}: it ended, was killed, "
+                        f"or cannot be reached; {then}")
     try: first = dist.distributed_c10d._get_default_store().add("bantam/lost", 1) == 1
     except RuntimeError: first = True # the store went with the rank that kept it
     return found if first else echoed(found)

@@ -30,7 +30,8 @@ def untouched(model:nn.Module # What is about to be examined
              ):
     "Put random numbers, modes, buffers and gradients back when the block ends."
     noise,modes = rng_state(),[(m, m.training) for m in model.modules()]
-    buffers,grads = [(b, b.clone()) for b in model.buffers()],[(p, p.grad) for p in model.parameters()]
+    buffers,grads = ([(b, b.clone()) for b in model.buffers()],
+                     [(p, p.grad) for p in model.parameters()])
     for p,_ in grads: p.grad = None
     try: yield
     finally:
@@ -43,7 +44,8 @@ def untouched(model:nn.Module # What is about to be examined
 @contextmanager
 def awake(model:nn.Module # Matrices of it that hold nothing but zeros hide what stands before them
          ):
-    "Fill matrices that begin at zero (`residual_init: zero`, LoRA) with small numbers while the block runs."
+    """Fill matrices that begin at zero (`residual_init: zero`, LoRA) with small numbers while the
+    block runs."""
     silent = [p for p in model.parameters() if p.dim() > 1 and not p.any()]
     with torch.no_grad():
         for p in silent: p.normal_(0, .02)
@@ -119,7 +121,8 @@ def every_row_has_targets(patient:Patient # Its loader is read
         asked = b.y_BT.ge(0) if b.loss_weights is None else (b.loss_weights*b.y_BT.ge(0)).gt(0)
         rows += len(asked); empty += int((~asked.any(1)).sum())
     if not empty: return Verdict("ok", f"all of {rows} rows have one")
-    return Verdict("fatal" if empty == rows else "warning", f"{empty} of {rows} rows have none", "check the loss mask (mask_user_queries, last_turn_only) and the length of rows")
+    return Verdict("fatal" if empty == rows else "warning", f"{empty} of {rows} rows have none",
+                   "check the loss mask (mask_user_queries, last_turn_only) and the length of rows")
 
 @check("template")
 def marks_are_single_ids(patient:Patient # Its tokenizer and template are read
@@ -129,9 +132,12 @@ def marks_are_single_ids(patient:Patient # Its tokenizer and template are read
     if tok is None: return Verdict("ok", "no tokenizer was given")
     template,V = ChatTemplate.load(name),patient.model.config.vocab_size
     marks = set(template.tokens)
-    odd = sorted(m for m in marks if (i := tok.id_of(m)) is None or i >= V or tok.encode(m, allow_special=True) != [i])
+    odd = sorted(m for m in marks if (i := tok.id_of(m)) is None or i >= V
+                 or tok.encode(m, allow_special=True) != [i])
     if not odd: return Verdict("ok", f"{len(marks)} marks of {name} are single ids")
-    return Verdict("fatal" if patient.template else "warning", f"{name}: no single id for {', '.join(odd)}", "use another template, or a tokenizer made by `bantam-cli trainbpe`")
+    return Verdict("fatal" if patient.template else "warning",
+                   f"{name}: no single id for {', '.join(odd)}",
+                   "use another template, or a tokenizer made by `bantam-cli trainbpe`")
 
 @check("tokenizer")
 def tokenizer_belongs(patient:Patient # Its tokenizer, and where its weights come from
@@ -139,11 +145,14 @@ def tokenizer_belongs(patient:Patient # Its tokenizer, and where its weights com
     "Is the tokenizer the one that the weights were trained with?"
     tok,V = patient.tokenizer,patient.model.config.vocab_size
     if tok is None: return Verdict("ok", "no tokenizer was given")
-    if tok.vocab_size > V: return Verdict("fatal", f"it has {tok.vocab_size} tokens, the model {V}", "use the tokenizer of the model")
+    if tok.vocab_size > V:
+        return Verdict("fatal", f"it has {tok.vocab_size} tokens, the model {V}",
+                       "use the tokenizer of the model")
     if patient.start is None: return Verdict("ok", "a fresh model learns its ids")
     theirs = BantamTokenizer.load(weights_folder(patient.start)).fingerprint
     if theirs == tok.fingerprint: return Verdict("ok", "the weights were trained with it")
-    return Verdict("fatal", f"{tok.fingerprint[:8]} is not the one of {patient.start}, {theirs[:8]}", "leave `tokenizer` out, or begin with fresh weights")
+    return Verdict("fatal", f"{tok.fingerprint[:8]} is not the one of {patient.start}, "
+                            f"{theirs[:8]}", "leave `tokenizer` out, or begin with fresh weights")
 
 # %% ../../nbs/4_train/47_doctor.ipynb #5a1ddef6
 @check("first loss")
@@ -151,10 +160,15 @@ def loss_is_ln_v(patient:Patient # Its model reads two rows
                 )->Verdict:
     "Does it begin at ln V, or below?"
     nothing,b = math.log(patient.model.config.vocab_size),patient.small()
-    with torch.no_grad(), autocast(patient.device, patient.precision): loss = patient.model.eval()(**b.model_inputs()).loss.item()
+    with torch.no_grad(), autocast(patient.device, patient.precision):
+        loss = patient.model.eval()(**b.model_inputs()).loss.item()
     says = f"{loss:.2f}, ln V is {nothing:.2f}"
-    if not math.isfinite(loss): return Verdict("fatal", f"it is {loss}", "look for NaN in the weights, or use precision: fp32")
-    if loss > 1.02*nothing: return Verdict("warning", says, "weights and tokenizer may not belong together, or the initial weights are too large")
+    if not math.isfinite(loss):
+        return Verdict("fatal", f"it is {loss}",
+                       "look for NaN in the weights, or use precision: fp32")
+    if loss > 1.02*nothing:
+        return Verdict("warning", says, "weights and tokenizer may not belong together, "
+                                        "or the initial weights are too large")
     return Verdict("ok", says + (", so the model knows something" if loss < .98*nothing else ""))
 
 @check("gradient")
@@ -162,20 +176,30 @@ def gradient_reaches_all(patient:Patient # Its model takes half a step on two ro
                         )->Verdict:
     "Does every tensor that is to be trained get a gradient?"
     trained = {n: p for n,p in patient.model.named_parameters() if p.requires_grad}
-    if not trained: return Verdict("fatal", "nothing requires a gradient", "unfreeze some parameters")
+    if not trained:
+        return Verdict("fatal", "nothing requires a gradient", "unfreeze some parameters")
     with awake(patient.model), torch.enable_grad():
-        with autocast(patient.device, patient.precision): loss = patient.model.train()(**patient.small().model_inputs()).loss
-        if not loss.requires_grad: return Verdict("fatal", "the loss does not depend on what is trained", "something detaches the graph")
+        with autocast(patient.device, patient.precision):
+            loss = patient.model.train()(**patient.small().model_inputs()).loss
+        if not loss.requires_grad:
+            return Verdict("fatal", "the loss does not depend on what is trained",
+                           "something detaches the graph")
         loss.backward()
     dead = [n for n,p in trained.items() if p.grad is None or not p.grad.any()]
     wild = [n for n,p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
     some = lambda names: ", ".join(names[:3]) + f" and {len(names) - 3} more"*(len(names) > 3)
-    if wild: return Verdict("fatal", f"not finite in {some(wild)}", "use precision: fp32, and look for NaN in the weights")
-    if dead: return Verdict("fatal" if len(dead) == len(trained) else "warning", f"none reaches {some(dead)}", "is the module used in forward? if it is meant so, freeze it")
+    if wild:
+        return Verdict("fatal", f"not finite in {some(wild)}",
+                       "use precision: fp32, and look for NaN in the weights")
+    if dead:
+        return Verdict("fatal" if len(dead) == len(trained) else "warning",
+                       f"none reaches {some(dead)}",
+                       "is the module used in forward? if it is meant so, freeze it")
     return Verdict("ok", f"it reaches all of {len(trained)} tensors")
 
 # %% ../../nbs/4_train/47_doctor.ipynb #5f8af006
-CLOSE = dict(fp32=(1e-4, 1e-2), bf16=(2e-2, .2), fp16=(1e-2, .1)) # How far loss and gradient may be from the reference, as shares
+# How far loss and gradient may be from the reference, as shares
+CLOSE = dict(fp32=(1e-4, 1e-2), bf16=(2e-2, .2), fp16=(1e-2, .1))
 
 def loss_and_gradient(model:nn.Module, # Left in eval mode, without gradients
                       batch:Batch, # What it reads
@@ -183,9 +207,11 @@ def loss_and_gradient(model:nn.Module, # Left in eval mode, without gradients
                      )->tuple: # The loss, and all gradients in one vector on the CPU
     "One forward and backward pass without dropout."
     with torch.enable_grad():
-        with autocast(batch.x_BT.device, precision): loss = model.eval()(**batch.model_inputs()).loss
+        with autocast(batch.x_BT.device, precision):
+            loss = model.eval()(**batch.model_inputs()).loss
         loss.backward()
-    grads = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
+    grads = torch.cat(
+        [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
     for p in model.parameters(): p.grad = None
     return loss.item(),grads
 
@@ -196,11 +222,19 @@ def device_tells_the_truth(patient:Patient # Its model, and a copy of it on the 
     batch,ref = patient.small(),copy.deepcopy(patient.model).cpu().float()
     for m in ref.modules():
         if hasattr(m, "impl"): m.impl = "eager"
-    (loss,g),(loss0,g0) = loss_and_gradient(patient.model, batch, patient.precision),loss_and_gradient(ref, batch.to("cpu"), "fp32")
-    far = abs(loss - loss0)/max(abs(loss0), 1e-9),((g - g0).norm()/g0.norm().clamp(min=1e-20)).item()
-    worst = max(f/limit if math.isfinite(f) else math.inf for f,limit in zip(far, CLOSE[patient.precision]))
-    says = f"{patient.device.type} in {patient.precision}: " + ("as the definition in float32" if worst <= 1 else f"loss off by {far[0]:.2%}, gradient by {far[1]:.2%}")
-    return Verdict("ok" if worst <= 1 else "warning" if worst < 10 else "fatal", says, "" if worst <= 1 else "use precision: fp32, or device: cpu, and tell the maintainers")
+    (loss,g),(loss0,g0) = (loss_and_gradient(patient.model, batch, patient.precision),
+                           loss_and_gradient(ref, batch.to("cpu"), "fp32"))
+    far = (abs(loss - loss0)/max(abs(loss0), 1e-9),
+           ((g - g0).norm()/g0.norm().clamp(min=1e-20)).item())
+    worst = max(f/limit if math.isfinite(f) else math.inf
+                for f,limit in zip(far, CLOSE[patient.precision]))
+    says = f"{patient.device.type} in {patient.precision}: " + ("as the definition in "
+                                                                "float32" if worst <= 1
+                                                                else f"loss off by {far[0]:.2%}, "
+                                                                     f"gradient by {far[1]:.2%}")
+    return Verdict("ok" if worst <= 1 else "warning" if worst < 10 else "fatal", says,
+                   "" if worst <= 1 else "use precision: fp32, or device: cpu, "
+                                         "and tell the maintainers")
 
 # %% ../../nbs/4_train/47_doctor.ipynb #79ba2308
 @check("by heart", fast=False)
@@ -209,29 +243,39 @@ def learns_one_batch(patient:Patient, # A copy of its model is trained
                     )->Verdict:
     "Does the loss of one small batch come near zero?"
     model,batch = copy.deepcopy(patient.model).eval(),patient.small(2, 64)
-    optimizer,losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3),[]
+    optimizer,losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                         lr=3e-3),[]
     with torch.enable_grad():
         while len(losses) < steps and (not losses or losses[-1] > .05):
-            with autocast(patient.device, patient.precision): loss = model(**batch.model_inputs()).loss
+            with autocast(patient.device, patient.precision):
+                loss = model(**batch.model_inputs()).loss
             optimizer.zero_grad(); loss.backward(); optimizer.step()
             losses.append(loss.item())
-    says,best = f"from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps on one batch",min(losses[1:] or losses)
-    if not best < .98*losses[0]: return Verdict("fatal", says, "the model does not learn: look at the lines above, and at what is frozen")
-    return Verdict("ok", says) if best < .3*losses[0] else Verdict("warning", says, "it learns slowly: is much of it frozen?")
+    says,best = (f"from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps on one batch",
+                 min(losses[1:] or losses))
+    if not best < .98*losses[0]:
+        return Verdict("fatal", says, "the model does not learn: look at the lines above, "
+                                      "and at what is frozen")
+    return Verdict("ok", says) if best < .3*losses[0] else Verdict(
+        "warning", says, "it learns slowly: is much of it frozen?")
 
 # %% ../../nbs/4_train/47_doctor.ipynb #a9698406
 def examine(model:nn.Module, # Will be trained; is left as it was
             loader, # Its training batches
             tokenizer:BantamTokenizer|None=None, # Made the data
             fast:bool=True, # Leave out what takes long
-            data_only:bool=False, # Leave the model alone, as where it lies in pieces on several ranks
+            # Leave the model alone, as where it lies in pieces on several ranks
+            data_only:bool=False,
             **about # More of `Patient`: precision, start, template, position
            )->list: # of `Verdict`, one per check
     "Ask every question; the answers in order."
     patient,found = Patient(model, loader, tokenizer, fast=fast, **about),[]
     for name,(ask,quick) in CHECKS.items():
-        reads = name in ("targets", "template", "tokenizer") # looks at data and names; the others run the model, and need sound data
-        if fast and not quick or not reads and (data_only or any(v.level == "fatal" for v in found)): continue
+        # looks at data and names; the others run the model, and need sound data
+        reads = name in ("targets", "template", "tokenizer")
+        if (fast and not quick or not reads
+            and (data_only or any(v.level == "fatal" for v in found))):
+            continue
         with untouched(model): verdict = ask(patient)
         verdict.check = name
         found.append(verdict)
@@ -241,7 +285,9 @@ def refuse(found:list # From `examine`
           )->None:
     "Raise when training could not work."
     bad = [v for v in found if v.level == "fatal"]
-    if bad: raise BantamError("the doctor says no: " + "; ".join(f"{v.check}: {v.says}; {v.do}" for v in bad))
+    if bad:
+        raise BantamError(
+            "the doctor says no: " + "; ".join(f"{v.check}: {v.says}; {v.do}" for v in bad))
 
 class Checkup:
     "A callback of the trainer: the fast checks before the first step."
@@ -254,7 +300,9 @@ class Checkup:
                 )->None:
         "Say what is odd; raise when training could not work."
         args = trainer.args
-        found = examine(trainer.model, trainer.data, trainer.tokenizer, data_only=trainer.ranks.size > 1, precision=trainer.precision, template=self.template, position=trainer.position,
+        found = examine(trainer.model, trainer.data, trainer.tokenizer,
+                        data_only=trainer.ranks.size > 1, precision=trainer.precision,
+                        template=self.template, position=trainer.position,
                         start=args.finetune_from or args.init_from_checkpoint)
         for v in found:
             if v.level == "warning": trainer.console.say(str(v))

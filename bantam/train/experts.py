@@ -39,9 +39,15 @@ def num_experts(config:BantamConfig # A model's shape
     "How many experts the layers have; refused where they cannot be stored one by one."
     layers = [config.layer(i) for i in range(config.num_hidden_layers)]
     counts = {c.num_experts for c in layers if c.expert_type != "dense"}
-    if not counts: raise BantamError("expert_type is dense in every layer; experts one at a time need a model with experts, such as preset micro")
-    if len(counts) > 1: raise BantamError(f"the layers have {' and '.join(map(str, sorted(counts)))} experts; one at a time needs the same num_experts everywhere")
-    if any(c.expert_type == "expert_choice" for c in layers): raise BantamError("expert_choice needs all experts at once; use topk, switch, shared or dense_moe")
+    if not counts:
+        raise BantamError("expert_type is dense in every layer; experts one at a time need a model "
+                          "with experts, such as preset micro")
+    if len(counts) > 1:
+        raise BantamError(f"the layers have {' and '.join(map(str, sorted(counts)))} experts; "
+                          "one at a time needs the same num_experts everywhere")
+    if any(c.expert_type == "expert_choice" for c in layers):
+        raise BantamError("expert_choice needs all experts at once; use topk, switch, "
+                          "shared or dense_moe")
     return counts.pop()
 
 def expert_file(folder, # A model folder or a checkpoint
@@ -57,8 +63,12 @@ def shapes_of(path # A safetensors file
              )->dict: # {name: (type, shape)}
     "What a file holds, by its header alone."
     try:
-        with safe_open(path, "pt") as f: slices = {n: f.get_slice(n) for n in f.keys()}; return {n: (KINDS[s.get_dtype()], tuple(s.get_shape())) for n,s in slices.items()}
-    except (OSError, SafetensorError, KeyError) as e: raise BantamError(f"{path} is missing, damaged, or not floating point safetensors ({e}); take another copy") from e
+        with safe_open(path, "pt") as f:
+            slices = {n: f.get_slice(n) for n in f.keys()}
+            return {n: (KINDS[s.get_dtype()], tuple(s.get_shape())) for n,s in slices.items()}
+    except (OSError, SafetensorError, KeyError) as e:
+        raise BantamError(f"{path} is missing, damaged, or not floating point safetensors ({e}); "
+                          "take another copy") from e
 
 def raw(t:Tensor # Any float type
        ): # Its bytes
@@ -69,8 +79,10 @@ def write_parts(path:Path, # The file to make
                 shapes:dict, # {name: (type, shape)}
                 parts:Callable # A name -> the tensor in pieces, cut along the first dimension
                )->None:
-    "A safetensors file with the digest in its header, as `write_tensors` makes it, with one piece in memory."
-    head,offset,sha,kinds = {"__metadata__": dict(format="pt", sha256="0"*64)},0,hashlib.sha256(),{t: k for k,t in KINDS.items()}
+    """A safetensors file with the digest in its header, as `write_tensors` makes it, with one piece
+    in memory."""
+    head,offset,sha,kinds = ({"__metadata__": dict(format="pt", sha256="0"*64)},0,
+                             hashlib.sha256(),{t: k for k,t in KINDS.items()})
     for name,(dtype,shape) in sorted(shapes.items()):
         size = math.prod(shape)*dtype.itemsize
         head[name] = dict(dtype=kinds[dtype], shape=list(shape), data_offsets=[offset, offset+size])
@@ -90,7 +102,8 @@ def piece(path, # A safetensors file
           i:int|None=None # Slice of the first dimension; None is all
          )->Tensor: # A copy; (1,...) for a slice
     "One tensor of a file; nothing else of the file takes memory."
-    with safe_open(path, "pt") as f: return f.get_tensor(name).clone() if i is None else f.get_slice(name)[i:i+1].clone()
+    with safe_open(path, "pt") as f:
+        return f.get_tensor(name).clone() if i is None else f.get_slice(name)[i:i+1].clone()
 
 def check_file(path # A safetensors file with a digest
               )->None:
@@ -99,7 +112,8 @@ def check_file(path # A safetensors file with a digest
     with safe_open(path, "pt") as f: said = (f.metadata() or {}).get("sha256")
     for name,(dtype,shape) in sorted(shapes.items()):
         sha.update(f"{name} {dtype} {shape}\n".encode()); sha.update(raw(piece(path, name)))
-    if said != sha.hexdigest(): raise BantamError(f"{path} is damaged: its digest is of other tensors; take another copy")
+    if said != sha.hexdigest():
+        raise BantamError(f"{path} is damaged: its digest is of other tensors; take another copy")
 
 # %% ../../nbs/4_train/48_experts.ipynb #1a97453b
 def config_of(folder # A model folder
@@ -145,9 +159,11 @@ def join_experts(folder, # A folder with experts in files of their own
     folder = Path(folder)
     files = [expert_file(folder, i) for i in range(num_experts(config_of(folder)))]
     for p in [folder/"model.safetensors", *files]: check_file(p)
-    stacks = {n: (dtype, (len(files), *shape[1:])) for n,(dtype,shape) in shapes_of(files[0]).items()}
+    stacks = {n: (dtype, (len(files), *shape[1:]))
+              for n,(dtype,shape) in shapes_of(files[0]).items()}
     shapes = shapes_of(folder/"model.safetensors") | stacks
-    parts = lambda name: (piece(p, name) for p in (files if routed(name) else [folder/"model.safetensors"]))
+    parts = lambda name: (
+        piece(p, name) for p in (files if routed(name) else [folder/"model.safetensors"]))
     with new_folder(out) as tmp:
         companions(folder, tmp)
         write_parts(tmp/"model.safetensors", shapes, parts)
@@ -160,10 +176,13 @@ class Shelf:
                  folder, # A model folder of either kind
                  cap:int # Parts (an expert in a layer) that may be in memory; at least 1
                 ):
-        if cap < 1: raise BantamError(f"an expert must be in memory to be used: cap must be at least 1, got {cap}")
+        if cap < 1:
+            raise BantamError("an expert must be in memory to be used: cap must be at least 1, "
+                              f"got {cap}")
         self.folder,self.cap,self.split = Path(folder),cap,is_split(folder)
         self.held,self.reads,self.asked,self.most = OrderedDict(),0,0,0
-        files = [expert_file(folder, i) for i in range(num_experts(config_of(folder)))] if self.split else [self.folder/"model.safetensors"]
+        files = ([expert_file(folder, i) for i in range(num_experts(config_of(folder)))]
+                 if self.split else [self.folder/"model.safetensors"])
         for p in files: check_file(p)
         self.names = [n for n in shapes_of(files[0]) if routed(n)]
 
@@ -187,7 +206,8 @@ class Shelf:
         "From the disk, as copies: nothing of the file stays in memory."
         self.reads += 1
         path = expert_file(self.folder, i) if self.split else self.folder/"model.safetensors"
-        return {n.removeprefix(prefix): piece(path, n, None if self.split else i) for n in self.names if n.startswith(prefix)}
+        return {n.removeprefix(prefix): piece(path, n, None if self.split else i)
+                for n in self.names if n.startswith(prefix)}
 
 # %% ../../nbs/4_train/48_experts.ipynb #aa18e665
 def alone(config:BantamConfig # Of a layer with experts
@@ -204,7 +224,8 @@ class ShelvedExperts(nn.Module):
                 ):
         super().__init__()
         self.layer,self.shelf = layer,shelf
-        with torch.device("meta"): self.__dict__["one"] = Experts(alone(config)) # a form to fill in, not a submodule
+        # a form to fill in, not a submodule
+        with torch.device("meta"): self.__dict__["one"] = Experts(alone(config))
 
     def forward(self,
                 x_ND:Tensor, # All tokens
@@ -214,8 +235,10 @@ class ShelvedExperts(nn.Module):
         self.one.train(self.training)
         for i in visits.expert_M.unique().tolist():
             mine_M = visits.expert_M == i
-            few = Route(visits.token_M[mine_M], torch.zeros_like(visits.expert_M[mine_M]), visits.weight_M[mine_M])
-            y_ND = y_ND + torch.func.functional_call(self.one, self.shelf.part(self.layer, i), (x_ND, few))
+            few = Route(visits.token_M[mine_M], torch.zeros_like(visits.expert_M[mine_M]),
+                        visits.weight_M[mine_M])
+            y_ND = y_ND + torch.func.functional_call(self.one, self.shelf.part(self.layer, i),
+                                                     (x_ND, few))
         return y_ND
 
 def on_demand(folder, # A model folder of either kind
@@ -226,7 +249,8 @@ def on_demand(folder, # A model folder of either kind
     shelf,file = Shelf(folder, cap),folder/"model.safetensors"
     with torch.device("meta"): model = BantamForCausalLM(config)
     for i,block in enumerate(model.layers):
-        if isinstance(block.ffn, MoE): block.ffn.experts = ShelvedExperts(block.ffn.config, i, shelf)
+        if isinstance(block.ffn, MoE):
+            block.ffn.experts = ShelvedExperts(block.ffn.config, i, shelf)
     shared = {n: piece(file, n) for n in shapes_of(file) if not routed(n)}
     model.shelf = shelf
     return fill(model, shared, file).requires_grad_(False)
@@ -240,7 +264,9 @@ def list_experts(folder # A model folder of either kind, or a checkpoint
         path = expert_file(folder, i) if is_split(folder) else folder/"model.safetensors"
         try:
             check_file(path)
-            n,how = sum(math.prod(s[1:]) for name,(_,s) in shapes_of(path).items() if routed(name)),"whole"
+            n,how = sum(math.prod(s[1:]) for name,(_,s) in shapes_of(path).items()
+                        if routed(name)),"whole"
         except BantamError as e: n,how = 0,"not there yet" if not path.exists() else str(e)
-        rows.append(dict(expert=i, file=path.relative_to(folder).as_posix(), parameters=n, state=how))
+        rows.append(dict(expert=i, file=path.relative_to(folder).as_posix(),
+                         parameters=n, state=how))
     return rows

@@ -15,12 +15,13 @@ from .report import environment, metric_curves, norm_curves, report_html
 from .track import full_row
 
 # %% ../../nbs/4_train/44d_final.ipynb #7756bcc4
-RESUME_ONLY = ("optimizer.safetensors", "optimizer.json", "rng.safetensors", "training_state.json", "training_args.json", "manifest.json",
+RESUME_ONLY = ("optimizer.safetensors", "optimizer.json", "rng.safetensors", "training_state.json",
+               "training_args.json", "manifest.json",
                "average.safetensors")
 
 def final_folder(checkpoint:Path, # The last checkpoint of the run
                  target:Path, # The folder that is made
-                 model=None # Has other weights than the checkpoint, such as their average, and `save_pretrained`; None takes those of the checkpoint
+                 model=None # Has other weights, such as averages; None takes the checkpoint's
                 )->None:
     "The model of a checkpoint, as everything else reads it."
     with new_folder(target) as folder:
@@ -32,16 +33,20 @@ def final_folder(checkpoint:Path, # The last checkpoint of the run
         shutil.rmtree(part)
 
 # %% ../../nbs/4_train/44d_final.ipynb #afcdf6ff
-def run_result(trainer, # Has finished: `log`, `step`, `tokens`, `seconds`, `precision`, `device`, `flops_per_token`, `peak`
+def run_result(trainer, # Has finished; its log, counts, precision, device, FLOPs and peak
                checkpoint:Path # Its last one
-              )->dict: # `step, loss, valid_loss, bits_per_byte, seconds, tokens_per_second, mfu, model, ...`
+              )->dict: # `step, loss, valid_loss, seconds, mfu, model, ...`
     "What the run came to."
     t,row = trainer,(trainer.log.rows or [full_row(dict(step=trainer.step))])[-1]
-    result = {k: row[k] for k in ("step", "epoch", "tokens", "loss", "valid_loss", "perplexity", "bits_per_byte", "skipped")}
+    result = {k: row[k] for k in ("step", "epoch", "tokens", "loss", "valid_loss", "perplexity",
+                                  "bits_per_byte", "skipped")}
     speed = t.tokens/max(t.seconds, 1e-9)
     skips = ", ".join(f"{n} x {why}" for why,n in t.guard.skips.items()) or "none"
-    return result | dict(skipped_because=skips, empty_batches=t.guard.empty, seconds=t.seconds, tokens_per_second=speed, mfu=speed*t.flops_per_token/t.peak, precision=t.precision,
-                         peak_memory=peak_memory(t.device), model=str(t.out_dir/"model"), checkpoint=str(checkpoint))
+    return result | dict(skipped_because=skips, empty_batches=t.guard.empty, seconds=t.seconds,
+                         tokens_per_second=speed, mfu=speed*t.flops_per_token/t.peak,
+                         precision=t.precision,
+                         peak_memory=peak_memory(t.device), model=str(t.out_dir/"model"),
+                         checkpoint=str(checkpoint))
 
 # %% ../../nbs/4_train/44d_final.ipynb #c43741db
 def run_report(trainer, # Has finished; see `run_result`
@@ -50,10 +55,14 @@ def run_report(trainer, # Has finished; see `run_result`
               )->str: # One HTML page
     "The run as one page."
     t = trainer
-    data = dict(rows=len(t.data.dataset), batches_per_epoch=t.data.batches_per_epoch, epochs=t.epoch, tokens=human(t.tokens), account=repr(t.data.dataset))
+    data = dict(rows=len(t.data.dataset), batches_per_epoch=t.data.batches_per_epoch,
+                epochs=t.epoch, tokens=human(t.tokens), account=repr(t.data.dataset))
     return report_html(t.args.run_name or t.out_dir.name, {
-        "Result": result | dict(peak_memory=f"{human(result['peak_memory'])}B"), "Curves": [picture, metric_curves(t.log.rows)],
+        "Result": result | dict(peak_memory=f"{human(result['peak_memory'])}B"),
+        "Curves": [picture, metric_curves(t.log.rows)],
         **({"Sizes": norm_curves(t.log.norms)} if t.log.norms else {}),
-        "Samples": [f"step {s['step']}: {s['text']}" for s in t.log.samples], "Data": data, **t.sections,
-        "Optimiser": t.optimizer.table(), "Model": t.model.config.to_dict(), "Arguments": t.args.to_dict(),
+        "Samples": [f"step {s['step']}: {s['text']}" for s in t.log.samples], "Data": data,
+        **t.sections,
+        "Optimiser": t.optimizer.table(), "Model": t.model.config.to_dict(),
+        "Arguments": t.args.to_dict(),
         "Environment": environment(t.device)})

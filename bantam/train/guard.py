@@ -47,7 +47,8 @@ class Level:
         return math.sqrt(max(square - mean*mean, 0.))
 
 # %% ../../nbs/4_train/44e_guard.ipynb #f0ce63df
-EXPERIENCE,DEVIATIONS,LENGTHS,SPIKES = 20,6.,10.,3 # Steps before a spike can be told; how far out loss and gradient are; how many in a row are passed over
+# Steps before a spike can be told; how far out loss and gradient are; how many in a row
+EXPERIENCE,DEVIATIONS,LENGTHS,SPIKES = 20,6.,10.,3
 
 def is_spike(level:Level, # What is usual
              loss:float, # Of this step
@@ -65,7 +66,8 @@ def reason(loss:float, # Of a step that was not taken
            factor:float=1. # On the loss under fp16
           )->str: # One of the table's
     "Why a step was passed over."
-    if math.isnan(loss) and norm == 0: return "no target" # nothing was computed, so there is no gradient either
+    # nothing was computed, so there is no gradient either
+    if math.isnan(loss) and norm == 0: return "no target"
     if not math.isfinite(loss): return "loss not finite"
     if not math.isfinite(norm): return "fp16 overflow" if factor > 1 else "gradient not finite"
     return "spike"
@@ -73,7 +75,8 @@ def reason(loss:float, # Of a step that was not taken
 # %% ../../nbs/4_train/44e_guard.ipynb #5c1cf018
 class Guard:
     "Lets steps through or passes them over, and counts."
-    def __init__(self): self.level,self.skips,self.in_a_row,self.spikes,self.empty = Level(),{},0,0,0
+    def __init__(self):
+        self.level,self.skips,self.in_a_row,self.spikes,self.empty = Level(),{},0,0,0
 
     def count_empty(self)->None:
         "A micro-batch had no target, in a step that had some."
@@ -107,7 +110,9 @@ class Guard:
         self.in_a_row += why not in ("spike", "fp16 overflow")
         what = f"step {step}: {why} (loss {loss:.4g}, gradient norm {norm:.4g})"
         if self.in_a_row < PATIENCE: return f"{what}: skipped, the weights are as before"
-        raise BantamError(f"{what}; {PATIENCE} steps in a row could not be taken, so training stopped. Look at the data of these steps, lower lr, raise warmup_steps, "
+        raise BantamError(f"{what}; {PATIENCE} steps in a row could not be taken, "
+                          "so training stopped. Look at the data of these steps, lower lr, "
+                          "raise warmup_steps, "
                           "or use precision fp32; the last checkpoint is good")
 
 # %% ../../nbs/4_train/44e_guard.ipynb #2af1c9e7
@@ -122,7 +127,8 @@ def load_state_dict(self:Guard,
                    )->None:
     "Go on from there."
     vars(self.level).update(state["level"])
-    self.skips,self.in_a_row,self.spikes,self.empty = dict(state["skips"]),state["in_a_row"],state["spikes"],state["empty"]
+    self.skips,self.in_a_row,self.spikes,self.empty = (dict(state["skips"]),state["in_a_row"],
+                                                       state["spikes"],state["empty"])
 
 @patch(as_prop=True)
 def total(self:Guard)->int: # Steps that changed nothing so far
@@ -138,5 +144,6 @@ def first_loss(loss:float|None, # Of the first step
     "Compare the first loss with that of knowing nothing."
     nothing = math.log(vocab_size)
     if loss is None or loss <= 1.1*nothing: return ""
-    return (f"WARNING: the first loss is {loss:.2f}, and knowing nothing costs ln(vocab_size) = {nothing:.2f}; "
+    return (f"WARNING: the first loss is {loss:.2f}, and knowing nothing costs ln(vocab_size) = "
+            f"{nothing:.2f}; "
             "check that tokenizer and weights belong together")

@@ -29,10 +29,12 @@ class Interrupted(BantamError):
 class StopAsked(Exception): "Breaks off a step; never leaves the trainer."
 
 @contextmanager
-def stop_signals(trainer, # Its `stop` becomes the name of the signal; its `args.interruptible` says whether it listens
-                 twice:bool=True # May a second one break off the saving? torchrun sends every signal twice, so ranks say no
+def stop_signals(trainer, # `stop` becomes the signal's name; `args.interruptible`: does it listen?
+                 # May a second one break off the saving? Not of ranks: torchrun sends all twice
+                 twice:bool=True
                 ):
-    "While the block runs, SIGINT and SIGTERM only take a note; the second one raises `KeyboardInterrupt`."
+    """While the block runs, SIGINT and SIGTERM only take a note; the second one raises
+    `KeyboardInterrupt`."""
     def note(number, frame):
         if trainer.stop is not None and twice: raise KeyboardInterrupt
         trainer.stop = signal.Signals(number).name
@@ -44,8 +46,10 @@ def stop_signals(trainer, # Its `stop` becomes the name of the signal; its `args
         for s,handler in old.items(): signal.signal(s, handler)
 
 # %% ../../nbs/4_train/44c_interrupt.ipynb #a37e73d7
-MAY_CHANGE = {"out_dir", "run_name", "device", "resume_from_checkpoint", "init_from_checkpoint", "finetune_from", "tokenizer", "log_every_n",
-              "log_format", "log_loss_to_csv", "log_norms", "trackers", "wandb", "save_every_n", "save_on_improve", "improve_delta", "save_tag", "keep_last_k",
+MAY_CHANGE = {"out_dir", "run_name", "device", "resume_from_checkpoint", "init_from_checkpoint",
+              "finetune_from", "tokenizer", "log_every_n",
+              "log_format", "log_loss_to_csv", "log_norms", "trackers", "wandb", "save_every_n",
+              "save_on_improve", "improve_delta", "save_tag", "keep_last_k",
               "interruptible",
               "num_workers", "pin_memory", "persistent_workers", "parallel"}
 
@@ -55,8 +59,11 @@ def check_same_run(args:TrainingArgs, # Of the run that shall go on
     "Refuse arguments that would make another run of it."
     past = read_json(Path(checkpoint)/"training_args.json")
     usual = {f.name: f.default for f in dataclasses.fields(args)}
-    odd = [f"{k} was {past.get(k, usual[k])!r} and is {v!r}" for k,v in args.to_dict().items() if k not in MAY_CHANGE and past.get(k, usual[k]) != v]
-    if odd: raise BantamError(f"{checkpoint} is of another run: {'; '.join(odd[:3])}. Resume with its own arguments, or start a new run with finetune_from")
+    odd = [f"{k} was {past.get(k, usual[k])!r} and is {v!r}"
+           for k,v in args.to_dict().items() if k not in MAY_CHANGE and past.get(k, usual[k]) != v]
+    if odd:
+        raise BantamError(f"{checkpoint} is of another run: {'; '.join(odd[:3])}. "
+                          "Resume with its own arguments, or start a new run with finetune_from")
 
 # %% ../../nbs/4_train/44c_interrupt.ipynb #5256e934
 def only_begun(folder # What somebody wants to go on from

@@ -16,17 +16,20 @@ from torch import Tensor
 from ..runtime import has_bf16
 
 # %% ../../nbs/4_train/40a_muon.ipynb #6dee5ecd
-JORDAN = ((3.4445, -4.7750, 2.0315),) * 5 # One triple, five times; its slope of 3.44 makes small values grow fast. Jordan et al., Muon, 2024
+# One triple, five times; its slope of 3.44 makes small values grow fast. Jordan et al., Muon, 2024
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 
 def newton_schulz(x:Tensor, # One matrix (R,C), or a stack of them (...,R,C)
                   triples:tuple=JORDAN, # `(a, b, c)` of each step
                   dtype:torch.dtype=torch.float32, # Type of the products
                   eps:float=1e-7 # A matrix of a smaller norm is divided by this instead
                  )->Tensor: # The same shape, all singular values near 1
-    "The orthogonal matrix next to `x`, by quintic Newton-Schulz steps. Source: Jordan et al., Muon, 2024."
+    """The orthogonal matrix next to `x`, by quintic Newton-Schulz steps. Source: Jordan et al.,
+    Muon, 2024."""
     tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if tall else x).to(dtype).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=eps) # The largest singular value is now at most 1
+    # The largest singular value is now at most 1
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for a,b,c in triples:
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
@@ -37,7 +40,8 @@ def step_factor(rows:int, # Of the matrix that is orthogonalised
                 cols:int, # Likewise
                 matched:bool=True # As long per weight as AdamW's; else Jordan's rule
                )->float: # Factor on the learning rate
-    "How long a step is. Sources: Liu et al., Muon is Scalable, 2025, section 2.2; Jordan et al., Muon, 2024."
+    """How long a step is. Sources: Liu et al., Muon is Scalable, 2025, section 2.2; Jordan et al.,
+    Muon, 2024."""
     return .2 * max(rows, cols)**.5 if matched else max(1., rows/cols)**.5
 
 # %% ../../nbs/4_train/40a_muon.ipynb #60ea3d9c
@@ -81,23 +85,28 @@ def batches_of(params:list, # Matrices, and stacks of them
 
 # %% ../../nbs/4_train/40a_muon.ipynb #275a1bbf
 class Muon:
-    "Momentum, orthogonalised by Newton-Schulz, for weights that are matrices. Sources: Jordan et al., 2024; Liu et al., 2025."
+    """Momentum, orthogonalised by Newton-Schulz, for weights that are matrices. Sources: Jordan et
+    al., 2024; Liu et al., 2025."""
     def __init__(self,
                  params:list, # Matrices, and stacks of them
                  splits:list|None=None, # Rows of the parts of each; None takes each matrix whole
                  momentum:float=.95, # Memory of the running average
                  decay:float=.1, # Weight decay, decoupled
-                 dtype:torch.dtype|None=None, # Type of the products; None takes bfloat16 where the device has it
+                 # Type of the products; None takes bfloat16 where the device has it
+                 dtype:torch.dtype|None=None,
                  eps:float=1e-7, # Norm of a gradient below which a step shrinks
                  bias_correction:bool=False, # Divide the average by what it holds so far
                  matched:bool=True, # Which rule `step_factor` takes
                  triples:tuple=JORDAN # Coefficients of `newton_schulz`
                 ):
-        self.params,self.momentum,self.decay,self.eps,self.matched,self.triples = list(params),momentum,decay,eps,matched,triples
+        self.params,self.momentum,self.decay,self.eps,self.matched,self.triples = list(
+            params),momentum,decay,eps,matched,triples
         self.batches = batches_of(self.params, splits or [parts_of(p) for p in self.params])
         self.averages = [torch.zeros_like(p) for p in self.params]
-        self.counts = [torch.zeros((), device=p.device) for p in self.params] if bias_correction else []
-        self.dtype = dtype or (torch.bfloat16 if self.params and has_bf16(self.params[0].device) else torch.float32)
+        self.counts = ([torch.zeros((), device=p.device) for p in self.params]
+                       if bias_correction else [])
+        self.dtype = dtype or (torch.bfloat16 if self.params
+                               and has_bf16(self.params[0].device) else torch.float32)
 
     @torch.no_grad()
     def step(self,
@@ -123,7 +132,8 @@ def remember(self:Muon,
     "Take the gradients into the averages, and let the weights decay."
     live = [i for i,p in enumerate(self.params) if p.grad is not None]
     if not live: return
-    torch._foreach_lerp_([self.averages[i] for i in live], [self.params[i].grad for i in live], 1-self.momentum)
+    torch._foreach_lerp_([self.averages[i] for i in live], [self.params[i].grad for i in live],
+                         1-self.momentum)
     if self.decay: torch._foreach_mul_([self.params[i] for i in live], 1 - lr*self.decay)
     if self.counts: torch._foreach_add_([self.counts[i] for i in live], 1)
 
@@ -131,10 +141,13 @@ def remember(self:Muon,
 @torch.no_grad()
 def directions(self:Muon,
                runs:list # From `live`
-              )->Tensor: # (N,r,C) with r <= C: an orthogonal matrix for each part, tall ones on their side
+              )->Tensor: # (N,r,C), r <= C: orthogonal; tall parts lie on their side
     "What Newton-Schulz makes of the momentum, one step ahead."
-    grads,averages = ([r.of(t) for r,t in zip(runs, ts)] for ts in zip(*((self.params[r.index].grad.contiguous(), self.averages[r.index]) for r in runs)))
-    if self.counts: averages = torch._foreach_div(averages, [1 - self.momentum**self.counts[r.index].item() for r in runs])
+    grads,averages = ([r.of(t) for r,t in zip(runs, ts)] for ts in zip(
+        *((self.params[r.index].grad.contiguous(), self.averages[r.index]) for r in runs)))
+    if self.counts:
+        averages = torch._foreach_div(
+            averages, [1 - self.momentum**self.counts[r.index].item() for r in runs])
     ahead = torch._foreach_lerp(grads, averages, self.momentum)
     flat = torch.cat([a.mT if a.shape[1] > a.shape[2] else a for a in ahead])
     return newton_schulz(flat, self.triples, self.dtype, self.eps)
@@ -149,4 +162,5 @@ def move(self:Muon,
     "Take the step."
     for r,d in zip(runs, directions_NRC.split([r.count for r in runs])):
         w = r.of(self.params[r.index])
-        w.add_(d.mT if w.shape[1] > w.shape[2] else d, alpha=-lr*step_factor(*w.shape[1:], self.matched))
+        w.add_(d.mT if w.shape[1] > w.shape[2] else d,
+               alpha=-lr*step_factor(*w.shape[1:], self.matched))

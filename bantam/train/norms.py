@@ -19,7 +19,8 @@ def sizes(tensors:dict # {name: tensor}
          )->dict: # {name: root mean square}
     "The size of a typical entry of each tensor."
     if not tensors: return {}
-    lengths = torch.stack([n.float() for n in torch._foreach_norm([t.detach() for t in tensors.values()])]).tolist()
+    lengths = torch.stack(
+        [n.float() for n in torch._foreach_norm([t.detach() for t in tensors.values()])]).tolist()
     return {name: length/t.numel()**.5 for (name,t),length in zip(tensors.items(), lengths)}
 
 # %% ../../nbs/4_train/44f_norms.ipynb #305a748d
@@ -29,7 +30,8 @@ def outputs(modules:dict, # {name: module}
            ):
     "For the time of the block, keep what the modules give."
     first = lambda out: out[0] if isinstance(out, tuple) else out
-    hooks = [m.register_forward_hook(lambda module, args, out, name=n: into.__setitem__(name, first(out).detach())) for n,m in modules.items()]
+    hooks = [m.register_forward_hook(lambda module, args, out, name=n: into.__setitem__(
+        name, first(out).detach())) for n,m in modules.items()]
     try: yield into
     finally:
         for h in hooks: h.remove()
@@ -42,10 +44,12 @@ def activation_sizes(model:nn.Module, # A `BantamForCausalLM`; stays as it is
                     )->dict: # {`embed_tokens`, `layers.0`, ..., `norm`: root mean square}
     "How large the residual stream is after each layer."
     was_training,seen = model.training,{}
-    modules = {"embed_tokens": model.embed_tokens} | {f"layers.{i}": m for i,m in enumerate(model.layers)} | {"norm": model.norm}
+    modules = {"embed_tokens": model.embed_tokens} | {
+        f"layers.{i}": m for i,m in enumerate(model.layers)} | {"norm": model.norm}
     here = batch.to(device)
     model.eval()
-    with outputs(modules, seen), autocast(device, precision): model.hidden_states(here.x_BT, here.position_ids, here.document_ids)
+    with outputs(modules, seen), autocast(device, precision):
+        model.hidden_states(here.x_BT, here.position_ids, here.document_ids)
     model.train(was_training)
     return sizes(seen)
 
@@ -59,4 +63,5 @@ class Norms:
         "Measure and write."
         t = trainer
         t.log.write_norms(dict(step=row["step"], weights=sizes(dict(t.model.named_parameters())),
-                               activations=activation_sizes(t.model, t.last_batch, t.device, t.precision)))
+                               activations=activation_sizes(t.model, t.last_batch, t.device,
+                                                            t.precision)))

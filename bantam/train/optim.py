@@ -35,17 +35,22 @@ def seat(name:str, # Of the parameter
         )->Seat:
     "The one rule. Source: Jordan et al., Muon, 2024: hidden matrices only."
     stack,path = param.ndim == 3,name.split(".")
-    splits = tuple(getattr(owner, "muon_splits", ())) or (parts_of(param) if stack else tuple(param.shape[:1]))
+    splits = (tuple(getattr(owner, "muon_splits", ()))
+              or (parts_of(param) if stack else tuple(param.shape[:1])))
     rows = sum(parts_of(param) if stack else param.shape[:1])
-    if sum(splits) != rows: raise BantamError(f"{name}: muon_splits {splits} must add up to its {rows} rows")
-    vector,table = param.ndim < 2 or path[-1].endswith("bias"),isinstance(owner, nn.Embedding) or "lm_head" in path
+    if sum(splits) != rows:
+        raise BantamError(f"{name}: muon_splits {splits} must add up to its {rows} rows")
+    vector,table = (param.ndim < 2 or path[-1].endswith("bias"),
+                    isinstance(owner, nn.Embedding) or "lm_head" in path)
     if vector: home,why = "adamw","vector (gain or bias): no directions to even out"
     elif param.ndim > 3: home,why = "adamw","neither a matrix nor a stack of them"
-    elif table and exclude_embeddings: home,why = "adamw","word table: a row moves when its word occurs"
+    elif table and exclude_embeddings:
+        home,why = "adamw","word table: a row moves when its word occurs"
     elif "router" in path: home,why = "adamw","router: a row moves when its expert is scored"
     elif stack: home,why = "muon",f"hidden matrices of {len(splits)} experts, each by itself"
     elif table: home,why = "muon","word table, not excluded"
-    else: home,why = "muon","hidden matrix" + (f", in {len(splits)} parts" if len(splits) > 1 else "")
+    else:
+        home,why = "muon","hidden matrix" + (f", in {len(splits)} parts" if len(splits) > 1 else "")
     return Seat(name, param, home, not vector, splits, why)
 
 def seats_of(model:nn.Module, # Any model
@@ -55,9 +60,12 @@ def seats_of(model:nn.Module, # Any model
     "Seat every parameter of `model`."
     owners = {}
     for m in model.modules():
-        for p in m.parameters(recurse=False): owners.setdefault(id(p), m) # A tied weight belongs to its first owner
-    all_ = [seat(n, p, owners[id(p)], exclude_embeddings) for n,p in model.named_parameters() if p.requires_grad]
-    return all_ if optimizer == "muon" else [s._replace(home="adamw", why="optimizer: adamw") for s in all_]
+        # A tied weight belongs to its first owner
+        for p in m.parameters(recurse=False): owners.setdefault(id(p), m)
+    all_ = [seat(n, p, owners[id(p)], exclude_embeddings)
+            for n,p in model.named_parameters() if p.requires_grad]
+    return all_ if optimizer == "muon" else [s._replace(home="adamw", why="optimizer: adamw")
+                                             for s in all_]
 
 # %% ../../nbs/4_train/40b_optim.ipynb #7a2d762a
 class Optimizer:
@@ -65,18 +73,22 @@ class Optimizer:
     def __init__(self,
                  seats:list, # From `seats_of`
                  args:TrainingArgs, # Rates, memories, decay and the rest
-                 muon=Muon # Makes the optimiser of the matrices; a class with the same arguments, such as one that shares the work between processes
+                 muon=Muon # Makes the optimiser of matrices, such as one shared by processes
                 ):
-        if not seats: raise BantamError("the model has no parameter that requires a gradient; unfreeze some")
+        if not seats:
+            raise BantamError("the model has no parameter that requires a gradient; unfreeze some")
         a,self.seats,self.params = args,seats,[s.param for s in seats]
         self.lr,self.by_layer = a.peak_lr(),a.muon_clip_by_layer
         self.muon_lr = self.lr if a.muon_lr is None else a.muon_lr
         hidden,rest = ([s for s in seats if s.home == home] for home in ("muon", "adamw"))
-        self.muon = muon([s.param for s in hidden], [s.splits for s in hidden], a.muon_momentum, a.weight_decay, eps=a.muon_eps,
+        self.muon = muon([s.param for s in hidden], [s.splits for s in hidden], a.muon_momentum,
+                         a.weight_decay, eps=a.muon_eps,
                          bias_correction=a.muon_bias_correction, matched=a.muon_lr_correction)
         pick = lambda own, usual: usual if a.optimizer != "muon" or own is None else own
-        groups = [dict(params=[s.param for s in rest if s.decay == d], weight_decay=a.weight_decay*d) for d in (True, False)]
-        self.adamw = fused_adamw(groups, self.lr, (pick(a.muon_beta1, a.beta1), pick(a.muon_beta2, a.beta2)), a.optim_eps)
+        groups = [dict(params=[s.param for s in rest if s.decay == d],
+                       weight_decay=a.weight_decay*d) for d in (True, False)]
+        self.adamw = fused_adamw(groups, self.lr, (pick(a.muon_beta1, a.beta1),
+                                                   pick(a.muon_beta2, a.beta2)), a.optim_eps)
 
     def step(self,
              lr_scale:float=1. # What the schedule says
@@ -94,7 +106,8 @@ class Optimizer:
     def clip_grad_norm(self,
                        max_norm:float=0. # 0 only measures
                       )->float: # The norm of the whole before clipping
-        "Clip all together, or Muon's weights one by one; when the norm is not finite, change nothing."
+        """Clip all together, or Muon's weights one by one; when the norm is not finite, change
+        nothing."""
         norm = clip_grad_norm(self.params, 0. if self.by_layer else max_norm)
         if self.by_layer and 0 < max_norm < norm < float("inf"):
             for p in self.muon.params: clip_grad_norm([p], max_norm)
@@ -114,9 +127,11 @@ def table(self:Optimizer)->str: # A line per kind of parameter
     "Who sits where, and why."
     kinds = {}
     for s in self.seats:
-        key = (re.sub(r"\.\d+\.", ".*.", s.name), "x".join(map(str, s.param.shape)), s.home, "yes" if s.decay else "no", s.why)
+        key = (re.sub(r"\.\d+\.", ".*.", s.name), "x".join(map(str, s.param.shape)), s.home,
+               "yes" if s.decay else "no", s.why)
         kinds[key] = kinds.get(key, 0) + 1
-    rows = [("parameter", "shape", "times", "optimiser", "decay", "why")] + [(*k[:2], str(n), *k[2:]) for k,n in kinds.items()]
+    rows = ([("parameter", "shape", "times", "optimiser", "decay", "why")]
+            + [(*k[:2], str(n), *k[2:]) for k,n in kinds.items()])
     widths = [max(len(r[i]) for r in rows) for i in range(6)]
     return "\n".join("  ".join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows)
 
@@ -125,25 +140,35 @@ def table(self:Optimizer)->str: # A line per kind of parameter
 def _named_state(self:Optimizer)->dict:
     "Every tensor of the state under its name; the tensors themselves, not copies."
     m = self.muon
-    kept = {id(p): dict(momentum=avg) | (dict(count=m.counts[i]) if m.counts else {}) for i,(p,avg) in enumerate(zip(m.params, m.averages))}
-    return {f"{s.name}.{k}": v for s in self.seats for k,v in (kept[id(s.param)] if s.home == "muon" else self.adamw.state[s.param]).items()}
+    kept = {id(p): dict(momentum=avg) | (dict(count=m.counts[i]) if m.counts else {})
+            for i,(p,avg) in enumerate(zip(m.params, m.averages))}
+    return {f"{s.name}.{k}": v for s in self.seats for k,v in (
+        kept[id(s.param)] if s.home == "muon" else self.adamw.state[s.param]).items()}
 
 @patch
 def state_dict(self:Optimizer)->tuple: # `({name: tensor}, settings)`, for safetensors and for JSON
     "All that a later run needs to go on exactly here."
-    return self._named_state(), dict(seats={s.name: s.home for s in self.seats}, lr=self.lr, muon_lr=self.muon_lr)
+    return self._named_state(), dict(seats={s.name: s.home for s in self.seats}, lr=self.lr,
+                                     muon_lr=self.muon_lr)
 
 @patch
 def load_state_dict(self:Optimizer,
                     tensors:dict, # From `state_dict`
                     settings:dict # Likewise; learning rates are those of this run, not of that one
                    )->None:
-    "Go on from a saved state; one that belongs to another model or another seating is refused by name."
-    mine,here,there = self._named_state(),{s.name: s.home for s in self.seats},settings.get("seats", {})
+    """Go on from a saved state; one that belongs to another model or another seating is refused by
+    name."""
+    mine,here,there = (self._named_state(),{s.name: s.home for s in self.seats},
+                       settings.get("seats", {}))
     for name in [*here, *there]:
         if (a := there.get(name, "nowhere")) != (b := here.get(name, "nowhere")):
-            raise BantamError(f"optimizer state: '{name}' sits in {a} there and in {b} here; use the same model and the same `optimizer`")
+            raise BantamError(f"optimizer state: '{name}' sits in {a} there and in {b} here; "
+                              "use the same model and the same `optimizer`")
     for name,t in mine.items():
-        if name not in tensors: raise BantamError(f"optimizer state: tensor '{name}' is missing; use an earlier checkpoint")
-        if tensors[name].shape != t.shape: raise BantamError(f"optimizer state: '{name}' is {tuple(tensors[name].shape)}, the model needs {tuple(t.shape)}")
+        if name not in tensors:
+            raise BantamError(f"optimizer state: tensor '{name}' is missing; "
+                              "use an earlier checkpoint")
+        if tensors[name].shape != t.shape:
+            raise BantamError(f"optimizer state: '{name}' is {tuple(tensors[name].shape)}, "
+                              f"the model needs {tuple(t.shape)}")
     for name,t in mine.items(): t.copy_(tensors[name])

@@ -21,7 +21,8 @@ def sweep_table(rows:list # From `Sweep.rows`
     lines = [["trial", "end", "loss", *(k.partition(".")[2] for k in fields)]]
     for r in order:
         loss = "" if r["loss"] is None else f"{r['loss']:.4f}"
-        lines.append([r["folder"].removeprefix("trial-"), r["end"], loss, *(short(r["values"].get(k, "")) for k in fields)])
+        lines.append([r["folder"].removeprefix("trial-"), r["end"], loss,
+                      *(short(r["values"].get(k, "")) for k in fields)])
     widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
     count = [(sum(r["end"] == e for r in rows), e) for e in ENDS]
     table = ["  ".join(c.ljust(w) for c,w in zip(l, widths)).rstrip() for l in lines]
@@ -41,7 +42,8 @@ def sweep_plot(rows:list # From `Sweep.rows`
             some = [r for r in good if r["end"] == end]
             values = [r["values"][k] for r in some]
             words = any(not isinstance(v, float | int) or isinstance(v, bool) for v in values)
-            ax.plot([str(v) for v in values] if words else values, [r["loss"] for r in some], "o", ms=4, color=colour, label=end)
+            ax.plot([str(v) for v in values] if words else values, [r["loss"] for r in some], "o",
+                    ms=4, color=colour, label=end)
             wide = values and not words and min(values) > 0 and max(values) > 20*min(values)
             if wide: ax.set_xscale("log")
         ax.set(xlabel=k.partition(".")[2], ylabel="held-out loss" if i == 0 else "")

@@ -31,29 +31,38 @@ from .step import accumulate, take_step
 # %% ../../nbs/4_train/46_plan.ipynb #ed3ac536
 def group_room(folder:str|Path="/sys/fs/cgroup" # Where the kernel tells about our control group
               )->float: # Bytes; infinite when there is no limit
-    "What the control group may still take: its limit, less its use, caches of files aside. Linux cgroup v2 and v1."
+    """What the control group may still take: its limit, less its use, caches of files aside. Linux
+    cgroup v2 and v1."""
     read = lambda name: (Path(folder)/name).read_text().strip()
-    for limit,used,cache in (("memory.max", "memory.current", "inactive_file"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")):
+    for limit,used,cache in (("memory.max", "memory.current", "inactive_file"),
+                             ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                              "total_inactive_file")):
         try: most,now = read(limit),int(read(used))
         except OSError: continue
-        stat = dict(line.split() for line in read(str(Path(limit).parent/"memory.stat")).splitlines())
-        return math.inf if most == "max" or int(most) > 2**60 else max(0, int(most) - now + int(stat.get(cache, 0)))
+        stat = dict(
+            line.split() for line in read(str(Path(limit).parent/"memory.stat")).splitlines())
+        return math.inf if most == "max" or int(most) > 2**60 else max(
+            0, int(most) - now + int(stat.get(cache, 0)))
     return math.inf
 
 def free_memory(device:torch.device # Where the run will be
                )->float: # Bytes; infinite where the system does not say
     "Memory that a new process could take now, without swap."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
-    try: available = next(int(line.split()[1])*1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    try:
+        available = next(int(line.split()[1])*1024
+                         for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         try: available = os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError): available = math.inf
     return min(available, group_room())
 
 # %% ../../nbs/4_train/46_plan.ipynb #b9a53a6c
-FRAMEWORK = 100*2**20 # Bytes that a first step loads on a CPU, whatever the model (measured with one of next to no weights): code, threads, workspaces
+# Bytes that a first step loads on a CPU (measured without weights): code, threads, workspaces
+FRAMEWORK = 100*2**20
 HOLES = .42 # Of what comes and goes in a micro-batch
-APART,SPOILT = .75,7.6 # With gradient checkpointing: share of the sum of moments; times the inputs of blocks
+# With gradient checkpointing: share of the sum of moments; times the inputs of blocks
+APART,SPOILT = .75,7.6
 
 def leftovers(moments:dict, # From `BantamForCausalLM.moments`
               again:bool # Are activations computed twice?
@@ -63,7 +72,8 @@ def leftovers(moments:dict, # From `BantamForCausalLM.moments`
     if not again: return HOLES*(loss["activations"] + logits)
     apart = moments["shared table"]["gradients"] + logits + moments["way back"]["activations"]
     tensors = max(sum(m.values()) for m in moments.values())
-    return max(0., loss["weights"] + loss["optimizer"] + APART*apart + SPOILT*loss["activations"] - tensors)
+    return max(0., loss["weights"] + loss["optimizer"] + APART*apart
+               + SPOILT*loss["activations"] - tensors)
 
 def state_bytes(model:BantamForCausalLM, # May be without memory
                 optimizer:str # `muon` or `adamw`
@@ -76,12 +86,16 @@ def memory_of(model:BantamForCausalLM, # May be without memory
               device:torch.device # Where the run will be
              )->dict: # {kind: bytes}
     "Memory of a run by kind, at its fullest moment."
-    T,width = args.seq_len or model.config.max_position_embeddings,4 if pick_precision(device, args.precision) == "fp32" else 2
-    moments = model.moments(args.batch_size, T, width, state_bytes(model, args.optimizer), accum_steps=args.accum_steps,
+    T,width = (args.seq_len or model.config.max_position_embeddings,
+               4 if pick_precision(device, args.precision) == "fp32" else 2)
+    moments = model.moments(args.batch_size, T, width, state_bytes(model, args.optimizer),
+                            accum_steps=args.accum_steps,
                             checkpointing=args.use_gradient_checkpoint, fused=device.type != "cpu")
     held = max(moments.values(), key=lambda m: sum(m.values()))
     if args.ema_half_life: held |= {"averaged weights": held["weights"]}
-    if device.type == "cpu": held |= dict(framework=FRAMEWORK, allocator=leftovers(moments, args.use_gradient_checkpoint))
+    if device.type == "cpu":
+        held |= dict(
+            framework=FRAMEWORK, allocator=leftovers(moments, args.use_gradient_checkpoint))
     return held
 
 # %% ../../nbs/4_train/46_plan.ipynb #8f2481d0
@@ -89,7 +103,9 @@ def random_batch(config:BantamConfig, # Gives the vocabulary
                  args:TrainingArgs # Gives the shape
                 )->Batch: # A micro-batch of noise
     "Something to compute on: the time does not depend on what the words are."
-    ids = torch.randint(config.vocab_size, (args.batch_size, (args.seq_len or config.max_position_embeddings) + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(config.vocab_size, (args.batch_size,
+                                            (args.seq_len or config.max_position_embeddings) + 1),
+                        generator=torch.Generator().manual_seed(0))
     return Batch(ids[:,:-1].contiguous(), ids[:,1:].contiguous())
 
 def measure_speed(config:BantamConfig, # The shape
@@ -119,14 +135,15 @@ def fitting(model:BantamForCausalLM, # May be without memory
             args:TrainingArgs, # The wish
             device:torch.device, # Where the run will be
             room:float # Bytes that may be taken
-           )->dict|None: # The arguments that differ; empty when all is well, None when nothing helps
+           )->dict|None: # The arguments that differ; empty when all is well, None without help
     "The least change that makes the run fit, for the same product of batch and accumulation."
     rows = args.batch_size*args.accum_steps
     splits = [b for b in range(args.batch_size, 0, -1) if rows % b == 0]
     for again in sorted({args.use_gradient_checkpoint, True}):
         for b in splits:
             changed = dict(batch_size=b, accum_steps=rows//b, use_gradient_checkpoint=again)
-            if sum(memory_of(model, args.replace(**changed), device).values()) <= room: return {k: v for k,v in changed.items() if v != getattr(args, k)}
+            if sum(memory_of(model, args.replace(**changed), device).values()) <= room:
+                return {k: v for k,v in changed.items() if v != getattr(args, k)}
     return None
 
 # %% ../../nbs/4_train/46_plan.ipynb #828f4d72
@@ -167,17 +184,26 @@ class Plan:
 def advice(self:Plan)->str: # One line
     "Whether it fits, and what would."
     if self.fits: return "it fits"
-    if self.change is None: return "it does not fit, whatever the batch; take shorter rows (seq_len), a smaller model, or a larger machine"
-    return "it does not fit; this does: " + ", ".join(f"{k}: {str(v).lower()}" for k,v in self.change.items())
+    if self.change is None:
+        return ("it does not fit, whatever the batch; take shorter rows (seq_len), "
+                "a smaller model, or a larger machine")
+    return "it does not fit; this does: " + ", ".join(f"{k}: {str(v).lower()}"
+                                                      for k,v in self.change.items())
 
 @patch
 def __str__(self:Plan)->str: # The table
     line = lambda what, value: f"  {what:<28}{value:>12}"
     mb = lambda n: f"{n/2**20:,.0f} MB" if math.isfinite(n) else "unlimited"
-    rows = [self.name, "parameters", *(line(k, human(n)) for k,n in self.parts.items()), line("in all", human(self.total)), line("active for a token", human(self.active)),
-            "memory", *(line(k, mb(n)) for k,n in self.memory.items() if n), line("in all", mb(self.need)), line("free here", mb(self.room)),
-            line("(cache in generation)", mb(self.cache)), "work", line("operations a token", human(self.flops)), line("tokens a step", human(self.step_tokens))]
-    rows += [line("steps", f"{self.steps:,}"), line("tokens in all", human(self.steps*self.step_tokens))] if self.steps else [line("steps", "not known")]
+    rows = [self.name, "parameters", *(line(k, human(n)) for k,n in self.parts.items()),
+            line("in all", human(self.total)), line("active for a token", human(self.active)),
+            "memory", *(line(k, mb(n)) for k,n in self.memory.items() if n),
+            line("in all", mb(self.need)), line("free here", mb(self.room)),
+            line("(cache in generation)", mb(self.cache)), "work",
+            line("operations a token", human(self.flops)),
+            line("tokens a step", human(self.step_tokens))]
+    rows += [line("steps", f"{self.steps:,}"),
+             line("tokens in all", human(self.steps*self.step_tokens))] if self.steps else [line(
+                 "steps", "not known")]
     if self.speed: rows += [line("tokens a second, measured", human(self.speed))]
     if self.seconds: rows += [line("time", clock(self.seconds))]
     return "\n".join(rows + [self.advice()])
@@ -188,19 +214,30 @@ def _repr_pretty_(self:Plan, p, cycle): p.text(str(self))
 # %% ../../nbs/4_train/46_plan.ipynb #094811e1
 def plan(config:BantamConfig, # The shape of the model
          args:TrainingArgs, # The run
-         data_tokens:int|None=None, # Tokens of the training data, when known; needed to turn epochs into steps
-         speed:bool|float=False, # True measures the speed here; a number is taken as measured: tokens per second
+         # Tokens of the training data, when known; needed to turn epochs into steps
+         data_tokens:int|None=None,
+         # True measures the speed here; a number is taken as measured: tokens per second
+         speed:bool|float=False,
          room:float|None=None # Bytes that may be taken; None asks the machine
         )->Plan:
-    "Everything that can be said about a run before it starts; nothing is allocated unless the speed is measured."
+    """Everything that can be said about a run before it starts; nothing is allocated unless the
+    speed is measured."""
     device,T = pick_device(args.device),args.seq_len or config.max_position_embeddings
-    if T > config.max_position_embeddings: raise BantamError(f"seq_len {T} is longer than the model's max_position_embeddings {config.max_position_embeddings}; lower seq_len")
+    if T > config.max_position_embeddings:
+        raise BantamError(f"seq_len {T} is longer than the model's max_position_embeddings "
+                          f"{config.max_position_embeddings}; lower seq_len")
     with torch.device("meta"): model = BantamForCausalLM(config)
     room,held = free_memory(device) if room is None else room,memory_of(model, args, device)
     step_tokens = args.batch_size*args.accum_steps*T
-    steps = plan_steps(args, max(1, (data_tokens or 0)//(args.batch_size*T)))[0] if args.max_steps or data_tokens else None
+    steps = (plan_steps(args, max(1, (data_tokens or 0)//(args.batch_size*T)))[0] if args.max_steps
+             or data_tokens else None)
     change = {} if sum(held.values()) <= room else fitting(model, args, device, room)
-    speed = measure_speed(config, args) if speed is True and sum(held.values()) <= room else speed or None
-    cache = config.describe(args.batch_size, T, 4 if pick_precision(device, args.precision) == "fp32" else 2).memory["KV cache (generation)"]
-    name = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {args.batch_size} x {T} tokens x {args.accum_steps}, {device.type} {pick_precision(device, args.precision)}"
-    return Plan(name, model.parts(), model.active_parameters(), model.flops_per_token(T), held, room, cache, step_tokens, steps, None if speed is True else speed, change)
+    speed = (measure_speed(config, args) if speed is True
+             and sum(held.values()) <= room else speed or None)
+    cache = config.describe(args.batch_size, T, 4 if pick_precision(
+        device, args.precision) == "fp32" else 2).memory["KV cache (generation)"]
+    name = (f"{config.num_hidden_layers} layers of width {config.hidden_size}, "
+            f"{args.batch_size} x {T} tokens x {args.accum_steps}, "
+            f"{device.type} {pick_precision(device, args.precision)}")
+    return Plan(name, model.parts(), model.active_parameters(), model.flops_per_token(T), held,
+                room, cache, step_tokens, steps, None if speed is True else speed, change)

@@ -31,12 +31,17 @@ def records_of(args:TrainingArgs, # Names `dataset` and perhaps `valid_dataset`
                split:str # `train` or `valid`
               ): # Records, read lazily
     "The documents of one side of the run."
-    if not (args.dataset or args.use_hf): raise BantamError("dataset is not set; name files, folders, or a corpus (offline, stdlib, shakespeare, chitchat), or set use_hf")
+    if not (args.dataset or args.use_hf):
+        raise BantamError("dataset is not set; name files, folders, or a corpus (offline, stdlib, "
+                          "shakespeare, chitchat), or set use_hf")
     if args.use_hf and (split == "train" or not args.valid_dataset):
-        return open_records(Source(**{k: getattr(args, k) for k in HUB_KEYS}), split, 0. if args.valid_dataset else args.valid_fraction, args.seed)
-    if not args.valid_dataset: return open_source(args.dataset, split, args.valid_fraction, args.dataset_text_field)
+        return open_records(Source(**{k: getattr(args, k) for k in HUB_KEYS}), split,
+                            0. if args.valid_dataset else args.valid_fraction, args.seed)
+    if not args.valid_dataset:
+        return open_source(args.dataset, split, args.valid_fraction, args.dataset_text_field)
     source = args.dataset if split == "train" else args.valid_dataset
-    return open_source(source, split if isinstance(source, str) and source in CORPORA else "train", 0., args.dataset_text_field)
+    return open_source(source, split if isinstance(source, str) and source in CORPORA else "train",
+                       0., args.dataset_text_field)
 
 # %% ../../nbs/4_train/45a_pretrain.ipynb #47ee2455
 def tokenised_side(args:TrainingArgs, # `dataset`, perhaps `valid_dataset` and `dataset_dtype`
@@ -45,7 +50,8 @@ def tokenised_side(args:TrainingArgs, # `dataset`, perhaps `valid_dataset` and `
                   ): # `Shards` or `TokenFiles`; None when the data are text
     "One side of a run whose data are tokens already."
     if args.use_hf and (split == "train" or not args.valid_dataset): return None
-    if split == "train" or not args.valid_dataset: return tokenised(args.dataset, tokenizer, split, args.dataset_dtype)
+    if split == "train" or not args.valid_dataset:
+        return tokenised(args.dataset, tokenizer, split, args.dataset_dtype)
     return tokenised(args.valid_dataset, tokenizer, "train", args.dataset_dtype)
 
 def encoded(args:TrainingArgs, # Names the data and `out_dir`
@@ -57,14 +63,20 @@ def encoded(args:TrainingArgs, # Names the data and `out_dir`
     ready = tokenised_side(args, split, tokenizer)
     if ready: return ready
     folder = Path(args.out_dir)/"data"/split
-    hub = [getattr(args, k) for k in HUB_KEYS] + [args.seed]*(args.shuffle_buffer_size > 0) if args.use_hf else []
-    made_by = dict(data=digest([args.dataset, args.valid_dataset, args.valid_fraction, args.dataset_text_field, *hub]), tokenizer=tokenizer.fingerprint, template=template.name,
+    hub = ([getattr(args, k) for k in HUB_KEYS] + [args.seed]*(args.shuffle_buffer_size > 0)
+           if args.use_hf else [])
+    made_by = dict(data=digest([args.dataset, args.valid_dataset, args.valid_fraction,
+                                args.dataset_text_field, *hub]), tokenizer=tokenizer.fingerprint,
+                   template=template.name,
                    min_sample_token_length=args.min_sample_token_length)
     note = folder.parent/f"{split}.json"
-    if (folder/"manifest.json").exists() and note.exists() and read_json(note) == made_by: return Shards(folder, tokenizer)
+    if (folder/"manifest.json").exists() and note.exists() and read_json(note) == made_by:
+        return Shards(folder, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_shards(encode_records(records_of(args, split), tokenizer, template), folder, tokenizer, min_sample_token_length=args.min_sample_token_length,
-                 source=str(args.valid_dataset if split == "valid" and args.valid_dataset else args.hf_name or args.dataset))
+    write_shards(encode_records(records_of(args, split), tokenizer, template), folder, tokenizer,
+                 min_sample_token_length=args.min_sample_token_length,
+                 source=str(args.valid_dataset if split == "valid"
+                            and args.valid_dataset else args.hf_name or args.dataset))
     write_json(note, made_by)
     return Shards(folder, tokenizer, verify=False)
 
@@ -74,9 +86,11 @@ def loaders(args:TrainingArgs, # Names the data, `seq_len`, `batch_size`, `seed`
             seq_len:int # Tokens of a row
            )->tuple: # Training loader, and held-out loader or None
     "Batches of both sides; the held-out ones come in their own order, always the same."
-    rows = lambda split, stride=None: text_rows(encoded(args, split, tokenizer, template), seq_len, args.pack, args.document_mask, stride,
+    rows = lambda split, stride=None: text_rows(encoded(args, split, tokenizer, template), seq_len,
+                                                args.pack, args.document_mask, stride,
                                                 args.min_sample_token_length, tokenizer.pad_id)
-    train = Loader(rows("train", args.stride), args.batch_size, seed=args.seed, subset=args.overfit_subset, **args.loading())
+    train = Loader(rows("train", args.stride), args.batch_size, seed=args.seed,
+                   subset=args.overfit_subset, **args.loading())
     if not args.eval_every_n: return train,None
     valid = rows("valid")
     return train,Loader(valid, min(args.batch_size, len(valid)), shuffle=False, **args.loading())
@@ -90,40 +104,52 @@ def load_tokenizer(args:TrainingArgs # `tokenizer`, or where the run begins
         folder = weights_folder(start) if args.finetune_from else newest_checkpoint(start)
         tok = BantamTokenizer.load(folder)
         if args.tokenizer and BantamTokenizer.load(args.tokenizer).fingerprint != tok.fingerprint:
-            raise BantamError(f"tokenizer {args.tokenizer} is not the one of {start}; leave tokenizer out to use that one")
+            raise BantamError(f"tokenizer {args.tokenizer} is not the one of {start}; "
+                              "leave tokenizer out to use that one")
         return tok
-    if not args.tokenizer: raise BantamError("tokenizer is not set; name a folder made by `bantam-cli trainbpe`, or `default`")
+    if not args.tokenizer:
+        raise BantamError("tokenizer is not set; name a folder made by `bantam-cli trainbpe`, "
+                          "or `default`")
     return BantamTokenizer.load(args.tokenizer)
 
 def build_model(args:TrainingArgs, # Says what the run begins with
-                shape, # A function: what the tokenizer knows -> `BantamConfig`; None where the beginning has a shape
+                shape, # A function: tokenizer's facts -> `BantamConfig`; None where one is given
                 tokenizer:BantamTokenizer # Gives the vocabulary size
                )->BantamForCausalLM:
     "The model at the beginning of the run."
-    if args.finetune_from: return BantamForCausalLM.from_pretrained(weights_folder(args.finetune_from))
-    if args.resume_from_checkpoint: return BantamForCausalLM.from_pretrained(newest_checkpoint(args.resume_from_checkpoint))
-    if shape is None: raise BantamError("no model was named; give --mconf, --preset, or finetune_from")
+    if args.finetune_from:
+        return BantamForCausalLM.from_pretrained(weights_folder(args.finetune_from))
+    if args.resume_from_checkpoint:
+        return BantamForCausalLM.from_pretrained(newest_checkpoint(args.resume_from_checkpoint))
+    if shape is None:
+        raise BantamError("no model was named; give --mconf, --preset, or finetune_from")
     config = shape(vocab_size=tokenizer.vocab_size)
     if config.vocab_size != tokenizer.vocab_size:
-        raise BantamError(f"vocab_size is {config.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens; leave vocab_size out of the model file")
+        raise BantamError(f"vocab_size is {config.vocab_size}, "
+                          f"the tokenizer has {tokenizer.vocab_size} tokens; "
+                          "leave vocab_size out of the model file")
     seed_everything(args.seed)
     model = BantamForCausalLM(config)
-    if args.init_from_checkpoint: load_weights(model, weights_folder(args.init_from_checkpoint)/"model.safetensors")
+    if args.init_from_checkpoint:
+        load_weights(model, weights_folder(args.init_from_checkpoint)/"model.safetensors")
     return model
 
 # %% ../../nbs/4_train/45a_pretrain.ipynb #d588f71b
 def pretrain(args:TrainingArgs, # Everything the run is told
              shape=None, # A function: what the tokenizer knows -> `BantamConfig`
              callbacks=(), # Handed to the trainer
-             command:str|None=None # The words that go on with this run; said at its start and when it is asked to stop
+             # The words that go on with this run; said at its start and at a stop
+             command:str|None=None
             )->dict: # What `Trainer.train` returns
     "Train on text: from the beginning, from another model, or on from where it stopped."
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
-    if args.resume_from_checkpoint: check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
+    if args.resume_from_checkpoint:
+        check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
     tokenizer = load_tokenizer(args)
     model = build_model(args, shape, tokenizer)
     seq_len = args.seq_len or model.config.max_position_embeddings
-    with Ranks.current(args.device, args.parallel).first(): train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"), seq_len)
+    with Ranks.current(args.device, args.parallel).first():
+        train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"), seq_len)
     trainer = Trainer(model, args, train, valid, tokenizer, callbacks)
     trainer.resume_command = command
     return trainer.train()
@@ -135,7 +161,8 @@ def init_model(out, # Folder of the model
                seed:int=0 # Of the weights
               )->BantamForCausalLM:
     "Write a fresh, untrained model and its tokenizer."
-    if Path(out).exists(): raise BantamError(f"{out} exists already; remove it or choose another folder")
+    if Path(out).exists():
+        raise BantamError(f"{out} exists already; remove it or choose another folder")
     args = TrainingArgs(tokenizer=tokenizer, seed=seed)
     tok = load_tokenizer(args)
     model = build_model(args, shape, tok)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from ..core import BantamError
 
 # %% ../../nbs/4_train/49a_recipes.ipynb #d6f1ac60
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) # Student's factor for 2, 3, ... values
+# Student's factor for 2, 3, ... values
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 def half_width(values:list # Differences; at least two
               )->float: # Half the width of the 95 % interval of their mean
@@ -62,7 +63,8 @@ def comparisons(runs:list # Of one task and budget, from `recipes.json`
     for r in runs:
         if r["choice"] == "base": continue
         if r["seed"] not in base:
-            raise BantamError(f"{r['choice']} {r['arm']}: seed {r['seed']} has no run of the base to "
+            raise BantamError(f"{r['choice']} {r['arm']}: seed {r['seed']} has no run of the base "
+                              "to "
                               "compare with; run that first")
         arms.setdefault((r["choice"], r["arm"]), []).append(r)
     out = []
@@ -78,7 +80,8 @@ def table(runs:list # Of one task and budget
          )->str: # A line per arm
     "The comparisons as text."
     base = [r["loss"] for r in runs if r["choice"] == "base"]
-    lines = [f"{'choice':14} {'arm':18} {'loss':>7} {'difference':>11} {'95 % interval':>20}  pairs  verdict",
+    lines = [f"{'choice':14} {'arm':18} {'loss':>7} {'difference':>11} {'95 % interval':>20}  "
+             "pairs  verdict",
              f"{'base':14} {'':18} {statistics.mean(base):7.3f} {'':>11} {'':>20}  {len(base):5}"]
     for c in comparisons(runs):
         interval = f"{c.mean-c.half:+.3f} to {c.mean+c.half:+.3f}"

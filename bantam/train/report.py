@@ -43,9 +43,11 @@ def loss_curve(rows:list[dict], # Full rows
     if train:
         steps,losses = zip(*train)
         ax.plot(steps, losses, color="#56B4E9", lw=.7, alpha=.7, label="training")
-        ax.plot(steps, smooth(losses, max(.1, len(losses)/50)), color="#0072B2", lw=1.6, label="its trend")
+        ax.plot(steps, smooth(losses, max(.1, len(losses)/50)), color="#0072B2", lw=1.6,
+                label="its trend")
     if valid: ax.plot(*zip(*valid), "o-", color="#D55E00", ms=3.5, lw=1, label="held out")
-    for (name,y),style in zip((levels or {}).items(), ("--", ":", "-.")*9): ax.axhline(y, color="#555555", lw=1, ls=style, label=name)
+    for (name,y),style in zip((levels or {}).items(), ("--", ":", "-.")*9):
+        ax.axhline(y, color="#555555", lw=1, ls=style, label=name)
     ax.set(xlabel="step", ylabel="nats per token")
     ax.set_title(title, fontsize=11 if len(title) < 60 else 8)
     if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=8)
@@ -61,7 +63,9 @@ def metric_curves(rows:list[dict], # Full rows
     for ax,key in zip(fig.subplots(1, len(keys)), keys):
         points = [(r["step"], r[key]) for r in rows if r[key] is not None]
         if points: ax.plot(*zip(*points), color="#0072B2", lw=1)
-        ax.set_title(key, fontsize=9); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
+        ax.set_title(key, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=7)
     return fig
 
 # %% ../../nbs/4_train/44b_report.ipynb #9adda002
@@ -74,8 +78,10 @@ def norm_curves(rows:list[dict] # Rows of `logs/norms.jsonl`
     for ax,kind in zip(fig.subplots(1, 2), ("weights", "activations")):
         names = list(rows[-1][kind])
         for i,n in enumerate(names):
-            ax.plot([r["step"] for r in rows], [r[kind][n] for r in rows], lw=.9, color=(0, .25 + .5*i/len(names), .7))
-        ax.set(title=f"root mean square of {len(names)} {kind}", xlabel="step", yscale="log"); ax.title.set_fontsize(8)
+            ax.plot([r["step"] for r in rows], [r[kind][n] for r in rows], lw=.9,
+                    color=(0, .25 + .5*i/len(names), .7))
+        ax.set(title=f"root mean square of {len(names)} {kind}", xlabel="step", yscale="log")
+        ax.title.set_fontsize(8)
     return fig
 
 def png(fig # A matplotlib `Figure`
@@ -90,7 +96,8 @@ class LivePlot:
     "A callback that shows the loss curve under the running cell."
     def __init__(self,
                  every:float=5., # Seconds between two pictures
-                 show=None # A function that shows a picture and returns a handle with `.update(picture)`; None is Jupyter's
+                 # Shows a picture, returns a handle with `.update(picture)`; None is Jupyter's
+                 show=None
                 ):
         self.every,self.show,self.handle,self.last = every,show,None,-math.inf
 
@@ -110,8 +117,10 @@ class LivePlot:
 
     def _draw(self, trainer, row):
         from IPython.display import Image, display
-        picture = Image(png(loss_curve(trainer.log.rows, title=progress_line(row, trainer.total_steps))))
-        if self.handle is None: self.handle = (self.show or (lambda p: display(p, display_id=True)))(picture)
+        picture = Image(
+            png(loss_curve(trainer.log.rows, title=progress_line(row, trainer.total_steps))))
+        if self.handle is None:
+            self.handle = (self.show or (lambda p: display(p, display_id=True)))(picture)
         else: self.handle.update(picture)
         self.last = time.monotonic()
 
@@ -124,15 +133,19 @@ def table(rows:list[dict] # Rows with the same keys
          )->str:
     "Rows as an HTML table, every cell escaped, numbers with six digits."
     text = lambda v: html.escape(f"{v:.6g}" if isinstance(v, float) else str(v))
-    cells = lambda tag,values: "<tr>" + "".join(f"<{tag}>{text(v)}</{tag}>" for v in values) + "</tr>"
-    return "<table>" + cells("th", rows[0]) + "".join(cells("td", r.values()) for r in rows) + "</table>"
+    cells = lambda tag,values: "<tr>" + "".join(f"<{tag}>{text(v)}</{tag}>"
+                                                for v in values) + "</tr>"
+    return ("<table>" + cells("th", rows[0]) + "".join(cells("td", r.values()) for r in rows)
+            + "</table>")
 
-def as_html(value # A mapping, a list of mappings, a list of texts, a figure, a PNG file's bytes, or anything with a text
+def as_html(value # A mapping, a list of them or of texts, a figure, a PNG's bytes, anything else
            )->str:
     "One value of a report as HTML."
     if hasattr(value, "savefig"): value = png(value)
-    if isinstance(value, bytes): return f'<img alt="chart" src="data:image/png;base64,{base64.b64encode(value).decode()}">'
-    if isinstance(value, dict): return table([{"": k, "value": v} for k,v in value.items()]) if value else "<p>nothing</p>"
+    if isinstance(value, bytes):
+        return f'<img alt="chart" src="data:image/png;base64,{base64.b64encode(value).decode()}">'
+    if isinstance(value, dict):
+        return table([{"": k, "value": v} for k,v in value.items()]) if value else "<p>nothing</p>"
     if isinstance(value, (list, tuple)):
         if value and all(isinstance(v, dict) for v in value): return table(value)
         return "".join(map(as_html, value)) or "<p>nothing</p>"
@@ -143,9 +156,12 @@ def report_html(title:str, # Heading of the page
                )->str: # One self-contained page
     "A report as one HTML page that needs no other file and runs no script."
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    body = "".join(f"<h2>{html.escape(name)}</h2>{as_html(value)}" for name,value in sections.items())
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>'
+    body = "".join(f"<h2>{html.escape(name)}</h2>{as_html(value)}"
+                   for name,value in sections.items())
+    return ('<!doctype html><html lang="en"><head><meta '
+            f'charset="utf-8"><title>{html.escape(title)}</title>'
+            '<meta http-equiv="Content-Security-Policy" '
+            f'content="{policy}"><style>{STYLE}</style></head>'
             f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n")
 
 # %% ../../nbs/4_train/44b_report.ipynb #a550a8e4
@@ -159,5 +175,7 @@ def environment(device="cpu" # Where the run computes
         except PackageNotFoundError: return "not installed"
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     packages = {p: of(p) for p in ("bantam-lm", "torch", "numpy", "tokenizers", "safetensors")}
-    return dict(python=platform.python_version(), system=f"{platform.system()} {platform.machine()}", device=gpu or str(device),
-                cores=os.cpu_count(), threads=torch.get_num_threads(), wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), **packages)
+    return dict(python=platform.python_version(),
+                system=f"{platform.system()} {platform.machine()}", device=gpu or str(device),
+                cores=os.cpu_count(), threads=torch.get_num_threads(),
+                wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"), **packages)

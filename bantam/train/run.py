@@ -45,7 +45,8 @@ def check_run(args, # `TrainingArgs`
         (args.active_expert is not None and not hasattr(model, "active"),
             "active_expert is for `bantam-cli experts train`; leave it out here"),
         (args.dropout_anneal and not drops, "dropout_anneal is set, but the model has no dropout; "
-                                            f"set {', '.join(rates[:2])} or {rates[2]}, or leave it out"),
+                                            f"set {', '.join(rates[:2])} or {rates[2]}, "
+                                            "or leave it out"),
         (ranks.size > 1 and args.compile is True,
             "compile is for one process; with several ranks leave it out"),
         (ranks.sharded and args.ema_half_life,
@@ -60,12 +61,14 @@ def starting_point(args # `TrainingArgs`
     asked,home = args.resume_from_checkpoint,Path(args.out_dir)
     start = newest_checkpoint(asked) if asked else None
     if checkpoints(home) and not (start and start.resolve().is_relative_to(home.resolve())):
-        raise BantamError(f"{home} already holds a run; set resume_from_checkpoint to go on with it, "
+        raise BantamError(f"{home} already holds a run; set resume_from_checkpoint to go on with "
+                          "it, "
                           "or choose another out_dir")
     return start
 
 # %% ../../nbs/4_train/44i_run.ipynb #77847bc3
-STATE = ("step", "position", "tokens", "seconds", "best") # Numbers of the run; its parts have a state of their own
+# Numbers of the run; its parts have a state of their own
+STATE = ("step", "position", "tokens", "seconds", "best")
 AVERAGE = "average.safetensors" # Of a checkpoint, with `ema_half_life`
 
 class Run:
@@ -83,7 +86,8 @@ class Run:
         self.ranks = Ranks.current(args.device, args.parallel)
         check_run(args, model, self.ranks, callbacks)
         check_fit(model, train, tokenizer)
-        self.args,self.out_dir,self.data,self.valid,self.tokenizer = args,Path(args.out_dir),train,valid,tokenizer
+        self.args,self.out_dir,self.data,self.valid,self.tokenizer = args,Path(
+            args.out_dir),train,valid,tokenizer
         self.callbacks = [*[Norms()]*args.log_norms, *trackers_of(args), *callbacks]
         self.log = self.console = Silent() # until the loop opens them
         self._place(model)
@@ -92,8 +96,10 @@ class Run:
         self.lengths_V = None if tokenizer is None else byte_lengths(tokenizer)
         self.step = self.position = self.tokens = 0
         self.seconds,self.best,self.rng,self.saved,self.stop = 0.,None,None,None,None
-        self.levels,self.sections = {},{} # Lines for the loss curve {name: nats per token}; what the caller adds to the report
-        self.resume_command = None # The words that go on with this run, where a command line began it
+        # Lines for the loss curve {name: nats per token}; what the caller adds to the report
+        self.levels,self.sections = {},{}
+        # The words that go on with this run, where a command line began it
+        self.resume_command = None
         if start: self.resume(start)
 
 # %% ../../nbs/4_train/44i_run.ipynb #684676dd
@@ -114,7 +120,8 @@ def _place(self:Run, model):
 def _share(self:Run, train):
     "This rank's part of the batches, and how many micro-batches of it are a step."
     accum = self.args.accum_steps
-    self.mine,(_,self.turns) = self.ranks.share(train, accum),self.ranks.dealt(train.batch_size, accum)
+    self.mine,(_,self.turns) = (self.ranks.share(train, accum),
+                                self.ranks.dealt(train.batch_size, accum))
 
 # %% ../../nbs/4_train/44i_run.ipynb #3bf73602
 @patch
@@ -152,7 +159,7 @@ def tell(self:Run,
 def contest(self:Run,
             row:dict, # The full row of this step
             regular:bool # Is a checkpoint due anyway?
-           )->float|None: # The loss by which this moment is compared with the best; None when it is not
+           )->float|None: # The loss that is compared with the best; None when none is
     "Held-out loss, or smoothed training loss where nothing is held out."
     every = self.args.eval_every_n
     if self.valid is not None and every: return row["valid_loss"]
@@ -181,7 +188,8 @@ def save(self:Run,
     def write(model, extra):
         return save_checkpoint(self.out_dir, self.step, model, self.tokenizer, self.optimizer,
                                self.state_dict(), self.args, best, extra)
-    path = save_together(self.ranks, self.model, self.optimizer, write, average if self.average else None)
+    path = save_together(self.ranks, self.model, self.optimizer, write,
+                         average if self.average else None)
     self.saved = self.step,path
     self.tell("on_save", path)
     return path

@@ -12,7 +12,9 @@ from ..args import TrainingArgs
 from ..core import BantamError, nearest
 
 # %% ../../nbs/4_train/41_schedule.ipynb #508b2b7e
-COOLDOWN = .2 # Share of the run in which `wsd` decays. Hagele et al., Scaling Laws Beyond Fixed Training Durations, 2024
+# Share of the run in which `wsd` decays. Hagele et al., Scaling Laws and Compute-Optimal
+COOLDOWN = .2
+# Training Beyond Fixed Training Durations, 2024
 
 SHAPES = dict(
     cosine=lambda x: (1 + math.cos(math.pi*x)) / 2,
@@ -31,13 +33,19 @@ def stage_scale(step:int, # Which step is about to be taken, from 0
 def lr_scale(step:int, # Which optimiser step is about to be taken, from 0
              total:int, # Steps in the run
              warmup:int=0, # Of them, steps in which the rate rises
-             kind:str="cosine", # Shape of the decay: `cosine`, `linear`, `constant`, `wsd`, or `stages`
-             min_ratio:float=.1, # The rate at the end, as a share of the highest; `constant` and `stages` never come to it
+             # Shape of the decay: `cosine`, `linear`, `constant`, `wsd`, or `stages`
+             kind:str="cosine",
+             # The rate at the end, as a share of the highest; not of `constant`, `stages`
+             min_ratio:float=.1,
              stages:list|None=None # Of `stages`: mappings with `until` and `lr_scale`, see below
             )->float: # Factor on the learning rate, from `min_ratio` to 1 once warm
     "The schedule: a pure function of the step."
-    if kind == "stages" and stages: return min(1., (step+1)/max(warmup, 1)) * stage_scale(step, stages)
-    if kind not in SHAPES: raise BantamError(f"lr_scheduler '{kind}' is unknown; choose {', '.join([*SHAPES, 'stages'])}{nearest(kind, [*SHAPES, 'stages'])}")
+    if kind == "stages" and stages:
+        return min(1., (step+1)/max(warmup, 1)) * stage_scale(step, stages)
+    if kind not in SHAPES:
+        raise BantamError(f"lr_scheduler '{kind}' is unknown; "
+                          "choose "
+                          f"{', '.join([*SHAPES, 'stages'])}{nearest(kind, [*SHAPES, 'stages'])}")
     if step < warmup: return (step+1) / warmup
     first,last = max(warmup-1, 0),total-1
     x = min(1., (step-first) / (last-first)) if last > first else float(step > last)
@@ -52,11 +60,13 @@ def dropout_scale(step:int, # Which step is about to be taken, from 0
     return anneal["start"] + (anneal["end"] - anneal["start"]) * min(1., step/anneal["steps"])
 
 # %% ../../nbs/4_train/41_schedule.ipynb #2dca82a9
-def plan_steps(args:TrainingArgs, # Reads `epochs`, `max_steps`, `accum_steps`, `warmup_frac`, `warmup_steps`
+def plan_steps(args:TrainingArgs, # Reads `epochs`, `max_steps`, `accum_steps`, `warmup_*`
                batches_per_epoch:int # Micro-batches in one pass over the data
               )->tuple[int,int]: # (steps in the run, of them warm-up)
     "How long the run is, and how long it warms up."
     total = args.max_steps or max(1, math.ceil(args.epochs * batches_per_epoch / args.accum_steps))
     warmup = round(args.warmup_frac * total) if args.warmup_steps is None else args.warmup_steps
-    if warmup > total: raise BantamError(f"warmup_steps {warmup} is longer than the run of {total} steps; lower it, or use warmup_frac")
+    if warmup > total:
+        raise BantamError(f"warmup_steps {warmup} is longer than the run of {total} steps; "
+                          "lower it, or use warmup_frac")
     return total,warmup

@@ -32,14 +32,16 @@ def shared_state(self:ShardedOptimizer)->dict: # {name: DTensor}, over the same 
     for name,t in self._named_state().items():
         p = sources[owner := name.rpartition(".")[0]]
         if t.shape == params[owner].shape:
-            found[name] = DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+            found[name] = DTensor.from_local(t, p.device_mesh, p.placements, run_check=False,
+                                             shape=p.shape, stride=p.stride())
     return found
 
 @patch
-def state_dict(self:ShardedOptimizer)->tuple: # `({name: tensor}, settings)`, without what lies in shares
+def state_dict(self:ShardedOptimizer)->tuple: # `({name: tensor}, settings)`, shares left out
     "What the main rank writes into `optimizer.safetensors` and `optimizer.json`."
     tensors,settings = Optimizer.state_dict(self)
-    return {k: t for k,t in tensors.items() if k not in self.shared_state()}, settings | dict(shards=self.ranks.size)
+    return ({k: t for k,t in tensors.items() if k not in self.shared_state()},
+            settings | dict(shards=self.ranks.size))
 
 # %% ../../nbs/4_train/43c_shards.ipynb #f85a294d
 def write_shards(state:dict, # From `shared_state`
@@ -47,20 +49,26 @@ def write_shards(state:dict, # From `shared_state`
                 )->None:
     "Each rank writes its share. Every rank must call it."
     import torch.distributed.checkpoint as dcp
-    try: dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    try:
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(
+            str(folder), save_distributed=True))
     except dcp.api.CheckpointException as e:
         rank,(why,_) = sorted(e.failures.items())[0]
         raise OSError(f"rank {rank} could not write its share: {why}") from None
 
 def read_shards(state:dict, # {name: tensor or DTensor}: filled in place
                 folder, # Holds safetensors files, with places or without
-                ranks:Ranks # Several that hold DTensors read together; otherwise each reads all it needs
+                # Several that hold DTensors read together; otherwise each reads all it needs
+                ranks:Ranks
                )->None:
     "Fill tensors from the files of any number of ranks."
     import torch.distributed.checkpoint as dcp
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled") # That is what no_dist asks for
-        try: dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=not ranks.sharded)
+        # That is what no_dist asks for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+                     no_dist=not ranks.sharded)
         except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, OSError) as e:
             why = str(sorted(e.failures.items())[0][1][0]) if hasattr(e, "failures") else str(e)
             refuse(Path(folder), f"the optimiser's state does not fit ({why})")
@@ -80,9 +88,11 @@ class StateReader:
                        )->None:
         "As `Optimizer.load_state_dict`."
         own,sharded = self.optimizer._named_state(),isinstance(self.optimizer, ShardedOptimizer)
-        if settings.get("shards"): lies,where = [n for n in own if n not in tensors],self.folder/SHARDS
+        if settings.get("shards"):
+            lies,where = [n for n in own if n not in tensors],self.folder/SHARDS
         else: lies,where = list(self.optimizer.shared_state()) if sharded else [],self.folder
-        Optimizer.load_state_dict(self.optimizer, tensors | {n: own[n] for n in lies}, settings) # names, seats, and what is whole
+        # names, seats, and what is whole
+        Optimizer.load_state_dict(self.optimizer, tensors | {n: own[n] for n in lies}, settings)
         state = self.optimizer.shared_state() if sharded else own
         if lies: read_shards({n: state[n] for n in lies}, where, self.ranks)
 
@@ -115,12 +125,17 @@ class WholeModel:
         "Every rank takes its rows."
         from torch.distributed.tensor import distribute_tensor
         mine = self.model.state_dict()
-        for n in sorted(mine.keys() ^ tensors.keys()): raise BantamError(f"{where}: tensor '{n}' is not in both file and model; is the config its own?")
+        for n in sorted(mine.keys() ^ tensors.keys()):
+            raise BantamError(f"{where}: tensor '{n}' is not in both file and model; "
+                              "is the config its own?")
         with torch.no_grad():
             for n,t in mine.items():
-                if tensors[n].shape != t.shape: raise BantamError(f"{where}: tensor '{n}' is {tuple(tensors[n].shape)}, the model's is {tuple(t.shape)}")
+                if tensors[n].shape != t.shape:
+                    raise BantamError(f"{where}: tensor '{n}' is {tuple(tensors[n].shape)}, "
+                                      f"the model's is {tuple(t.shape)}")
                 new = tensors[n].to(t.device, t.dtype)
-                t.copy_(distribute_tensor(new, t.device_mesh, t.placements, src_data_rank=None) if hasattr(t, "device_mesh") else new)
+                t.copy_(distribute_tensor(new, t.device_mesh, t.placements,
+                                          src_data_rank=None) if hasattr(t, "device_mesh") else new)
 
     save_pretrained = BantamForCausalLM.save_pretrained
 
@@ -134,7 +149,8 @@ def storable(model, # A `BantamForCausalLM`, perhaps cut
 def save_together(ranks:Ranks, # All of them call this
                   model, # The model in training
                   optimizer:Optimizer, # Its optimiser
-                  save, # Called on the main rank with a model, and a function that writes into the open folder; returns the finished one
+                  # Called on the main rank with a model and a writer of parts; returns the folder
+                  save,
                   extra=None # Called with the open folder: what else the run keeps; None is nothing
                  )->Path: # The finished folder, on every rank
     "Save a checkpoint once, with everybody's help."

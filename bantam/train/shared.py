@@ -28,7 +28,8 @@ def dealt(self:Ranks,
     W = self.size
     if accum_steps % W == 0: return batch_size,accum_steps//W
     if batch_size % W == 0: return batch_size//W,accum_steps
-    raise BantamError(f"a step is {accum_steps} micro-batches of {batch_size} rows, and there are {W} ranks; make accum_steps or batch_size a multiple of {W}")
+    raise BantamError(f"a step is {accum_steps} micro-batches of {batch_size} rows, "
+                      f"and there are {W} ranks; make accum_steps or batch_size a multiple of {W}")
 
 @patch
 def share(self:Ranks,
@@ -38,7 +39,8 @@ def share(self:Ranks,
     "A loader of what this rank reads."
     if self.size == 1: return loader
     rows,_ = self.dealt(loader.batch_size, accum_steps)
-    return Loader(loader.dataset, rows, loader.seed, loader.shuffle, self.rank, self.size, loader.n, loader.num_workers, loader.pin_memory, loader.persistent_workers)
+    return Loader(loader.dataset, rows, loader.seed, loader.shuffle, self.rank, self.size, loader.n,
+                  loader.num_workers, loader.pin_memory, loader.persistent_workers)
 
 # %% ../../nbs/4_train/43a_shared.ipynb #31f720c6
 def summed(dtype:torch.dtype # What travels
@@ -55,7 +57,8 @@ def summed(dtype:torch.dtype # What travels
 def wrap(self:Ranks,
          model:nn.Module, # On this rank's device; `fsdp` changes it in place
          runner=None, # What is called in its stead, such as a compiled one; None is the model
-         wire:torch.dtype=torch.float32 # Type in which gradients travel; `fsdp` always sends float32
+         # Type in which gradients travel; `fsdp` always sends float32
+         wire:torch.dtype=torch.float32
         )->nn.Module: # Call this one in training
     "A model whose gradients are the sums over all ranks."
     if self.size == 1: return runner or model
@@ -65,12 +68,16 @@ def wrap(self:Ranks,
         mesh = init_device_mesh(self.device.type, (self.size,))
         for m in [*getattr(model, "layers", ()), model]: fully_shard(m, mesh=mesh)
         for m in model.modules():
-            if isinstance(m, FSDPModule): m.set_gradient_divide_factor(1.); m.set_force_sum_reduction_for_comms(True)
+            if isinstance(m, FSDPModule):
+                m.set_gradient_divide_factor(1.); m.set_force_sum_reduction_for_comms(True)
         return runner or model
     from torch.nn.parallel import DistributedDataParallel
     ids = [self.device.index] if self.device.type == "cuda" else None
-    buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters) # The older name is going
-    ddp = DistributedDataParallel(runner or model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
+    # The older name is going
+    buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers")
+                   if n in signature(DistributedDataParallel).parameters)
+    ddp = DistributedDataParallel(runner or model, device_ids=ids, gradient_as_bucket_view=True,
+                                  **{buffers: False})
     ddp.register_comm_hook(None, summed(wire))
     return ddp
 
@@ -94,7 +101,8 @@ def stand_in(batch:Batch # One without targets
 def whole(self:Ranks,
           model:nn.Module # From before `wrap`
          ):
-    "In this block the model's weights are all here, and may be read by one rank alone. Every rank must enter it."
+    """In this block the model's weights are all here, and may be read by one rank alone. Every rank
+    must enter it."""
     if not self.sharded:
         yield
         return

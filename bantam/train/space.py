@@ -14,7 +14,8 @@ from ..core import BantamError, nearest
 
 # %% ../../nbs/4_train/49_space.ipynb #4c43066b
 SECTIONS = dict(training_args=TrainingArgs, bantam_config=BantamConfig)
-FIXED = ("out_dir", "resume_from_checkpoint", "run_name", "device") # Fields of `training_args` that belong to the sweep itself
+# Fields of `training_args` that belong to the sweep itself
+FIXED = ("out_dir", "resume_from_checkpoint", "run_name", "device")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -24,7 +25,8 @@ class Range:
     low:float|int|None=None # Least value
     high:float|int|None=None # Greatest value
     log:bool=False # Even on a logarithmic scale?
-    step:float|int|None=None # Distance of neighbours; None is 1 for whole numbers, and any for others
+    # Distance of neighbours; None is 1 for whole numbers, and any for others
+    step:float|int|None=None
 
     def ends(self)->list: # Values
         "What is tried when the space is checked: all choices, or both ends."
@@ -34,7 +36,8 @@ class Range:
         "All values."
         if self.choices or self.log and not self.whole: return list(self.choices)
         step = self.step or (1 if self.whole else 0)
-        return [self.low + i*step for i in range(int((self.high - self.low)/step + 1e-9) + 1)] if step else []
+        return ([self.low + i*step for i in range(int((self.high - self.low)/step + 1e-9) + 1)]
+                if step else [])
 
     @property
     def whole(self)->bool: # Are the values integers?
@@ -46,7 +49,9 @@ class Range:
             ): # A value
         "Let the sampler choose."
         if self.choices: return trial.suggest_categorical(self.field, self.choices)
-        if self.whole: return trial.suggest_int(self.field, self.low, self.high, step=self.step or 1, log=self.log)
+        if self.whole:
+            return trial.suggest_int(self.field, self.low, self.high, step=self.step or 1,
+                                     log=self.log)
         return trial.suggest_float(self.field, self.low, self.high, step=self.step, log=self.log)
 
 # %% ../../nbs/4_train/49_space.ipynb #d7967d26
@@ -55,18 +60,29 @@ def read_range(field:str, # `section.name`
               )->Range:
     "One line of a space, checked by itself."
     section,_,name = field.partition(".")
-    if section not in SECTIONS or not name: raise BantamError(f"space '{field}': name a field with its section, {' or '.join(s + '.NAME' for s in SECTIONS)}")
+    if section not in SECTIONS or not name:
+        raise BantamError(f"space '{field}': name a field with its section, "
+                          f"{' or '.join(s + '.NAME' for s in SECTIONS)}")
     known = [f.name for f in dataclasses.fields(SECTIONS[section])]
     if name not in known or section == "training_args" and name in FIXED:
-        raise BantamError(f"space '{field}': " + (f"'{name}' belongs to the sweep and cannot be drawn" if name in FIXED else f"unknown field{nearest(name, known)}"))
+        raise BantamError(f"space '{field}': " + (f"'{name}' belongs to the sweep and cannot be "
+                                                  "drawn" if name in FIXED
+                                                  else f"unknown field{nearest(name, known)}"))
     if isinstance(values, list):
-        if not values or not all(isinstance(v, str | int | float | bool | None) for v in values): raise BantamError(f"space '{field}': a choice is a list of plain values, got {values!r}")
+        if not values or not all(isinstance(v, str | int | float | bool | None) for v in values):
+            raise BantamError(f"space '{field}': a choice is a list of plain values, "
+                              f"got {values!r}")
         return Range(field, tuple(values))
     odd = set(values) - {"low", "high", "log", "step"} if isinstance(values, dict) else {"?"}
     number = lambda v: type(v) in (int, float)
-    if odd or not all(number(values.get(k)) for k in ("low", "high")): raise BantamError(f"space '{field}': give a list of choices, or low and high with log or step, got {values!r}")
+    if odd or not all(number(values.get(k)) for k in ("low", "high")):
+        raise BantamError(f"space '{field}': give a list of choices, or low and high with log or "
+                          f"step, got {values!r}")
     low,high,log,step = (values.get(k) for k in ("low", "high", "log", "step"))
     if low >= high: raise BantamError(f"space '{field}': low {low} must be below high {high}")
-    if log and (low <= 0 or step): raise BantamError(f"space '{field}': a logarithmic range begins above 0 and has no step, got {values!r}")
-    if step is not None and not (number(step) and 0 < step <= high - low): raise BantamError(f"space '{field}': step {step!r} does not fit between {low} and {high}")
+    if log and (low <= 0 or step):
+        raise BantamError(f"space '{field}': a logarithmic range begins above 0 and has no step, "
+                          f"got {values!r}")
+    if step is not None and not (number(step) and 0 < step <= high - low):
+        raise BantamError(f"space '{field}': step {step!r} does not fit between {low} and {high}")
     return Range(field, (), low, high, bool(log), step)

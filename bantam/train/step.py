@@ -23,29 +23,34 @@ def accumulate(model:nn.Module, # Its gradients are added to
                device:torch.device, # Where the model lives
                precision:str="fp32", # Of the matrix products
                scale:float=1., # Factor on the gradients, against float16's small range
-               before_each:Callable=lambda: None, # Called before every micro-batch; what it raises ends the step
-               on_empty:Callable=lambda: None, # Called for every micro-batch without a target, in a step that has some
+               # Called before every micro-batch; what it raises ends the step
+               before_each:Callable=lambda: None,
+               # Called for every micro-batch without a target, in a step that has some
+               on_empty:Callable=lambda: None,
                ranks:Ranks=Ranks() # Who shares the step; `batches` are this rank's
-              )->Tensor: # The step's loss, not yet fetched from the device; NaN when nothing is a target
+              )->Tensor: # The step's loss, still on the device; NaN when nothing is a target
     "Loss and gradients of the batch that the micro-batches are parts of."
     weights = [b.weight() for b in batches]
     table = ranks.gather(weights) # a row for each rank
     total = sum(map(sum, table))
     if total == 0: return torch.tensor(math.nan)
-    loss,turns = torch.zeros((), device=device),[i for i,of_ranks in enumerate(zip(*table)) if any(of_ranks)]
+    loss,turns = (torch.zeros((), device=device),
+                  [i for i,of_ranks in enumerate(zip(*table)) if any(of_ranks)])
     for _ in range(sum(of_rank.count(0) for of_rank in table)): on_empty()
     for i in turns:
         before_each()
         batch = batches[i] if weights[i] else stand_in(batches[i])
         with ranks.hold(model, i == turns[-1]):
-            with autocast(device, precision): part = model(**batch.to(device).model_inputs()).loss * (weights[i]/total)
+            with autocast(device, precision):
+                part = model(**batch.to(device).model_inputs()).loss * (weights[i]/total)
             (part * scale).backward()
         loss += part.detach()
     return ranks.sum_(loss)
 
 # %% ../../nbs/4_train/44a_step.ipynb #9c7fbd4a
 class LossScaler:
-    "The factor on the loss under float16; 1 and constant otherwise. Source: Micikevicius et al., Mixed Precision Training, 2018."
+    """The factor on the loss under float16; 1 and constant otherwise. Source: Micikevicius et al.,
+    Mixed Precision Training, 2018."""
     def __init__(self,
                  on:bool, # Is it needed, that is, is the precision fp16?
                  grow_every:int=2000 # Steps without an overflow after which the factor doubles
@@ -56,7 +61,8 @@ class LossScaler:
                 params:list # Parameters with gradients
                )->None:
         "Divide the gradients by the factor."
-        if self.on: torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1/self.scale)
+        if self.on:
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1/self.scale)
 
     def update(self,
                finite:bool # Did all gradients stay finite?
@@ -84,8 +90,9 @@ def take_step(optimizer, # From `build_optimizer`
               grad_clip:float=0., # Longest gradient; 0 does not clip
               scaler:LossScaler|None=None, # The factor that the gradients carry
               lets:Callable=lambda loss, norm: True # May a step with these finite numbers be taken?
-             )->tuple[float,float,bool]: # Loss, length of the gradient before clipping, and whether the step was taken
-    "Clip, update and forget the gradients; when loss or gradient is not finite, or the step is not let through, change nothing."
+             )->tuple[float,float,bool]: # Loss, norm before clipping, was the step taken?
+    """Clip, update and forget the gradients; when loss or gradient is not finite, or the step is
+    not let through, change nothing."""
     scaler = scaler or LossScaler(on=False)
     scaler.unscale(optimizer.params)
     norm,loss = optimizer.clip_grad_norm(grad_clip),loss.item()
@@ -109,7 +116,8 @@ def three_ways(nats:float, # Loss summed over all targets
               )->dict: # `loss`, `perplexity`, `bits_per_byte`
     "A sum of losses as nats per token, as perplexity and as bits per byte."
     loss = nats/weight
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700.)), bits_per_byte=nats/math.log(2)/n_bytes if n_bytes else None)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700.)),
+                bits_per_byte=nats/math.log(2)/n_bytes if n_bytes else None)
 
 # %% ../../nbs/4_train/44a_step.ipynb #bb871b1f
 def target_bytes(batch, # A `Batch`
@@ -125,7 +133,8 @@ def measure(model:nn.Module, # Left in the mode it was in
             device:torch.device, # Where the model lives
             precision:str="fp32", # Of the matrix products
             lengths_V:Tensor|None=None, # From `byte_lengths`; None leaves bits per byte out
-            ranks:Ranks=Ranks() # Who shares the work; all are given the same batches, and deal them out
+            # Who shares the work; all are given the same batches, and deal them out
+            ranks:Ranks=Ranks()
            )->dict: # `loss`, `perplexity`, `bits_per_byte`
     "Loss over held-out batches, as one number said three ways."
     was_training = model.training
@@ -139,9 +148,12 @@ def measure(model:nn.Module, # Left in the mode it was in
         if (found-1) % ranks.size != ranks.rank: continue
         losses.append(loss_of(batch)); weights.append(weight)
         if lengths_V is not None: n_bytes += target_bytes(batch, lengths_V)
-    if ranks.sharded and len(losses) < -(-found//ranks.size): loss_of(spare) # the others need this rank's share of the weights once more
+    # the others need this rank's share of the weights once more
+    if ranks.sharded and len(losses) < -(-found//ranks.size): loss_of(spare)
     model.train(was_training)
-    if not found: raise BantamError("the held-out batches have no targets; check the loss mask, or use more documents")
+    if not found:
+        raise BantamError("the held-out batches have no targets; check the loss mask, "
+                          "or use more documents")
     nats = math.fsum(l*w for l,w in zip(torch.stack(losses).tolist(), weights)) if losses else 0.
     return three_ways(*map(sum, zip(*ranks.gather([nats, sum(weights), n_bytes]))))
 
@@ -153,9 +165,15 @@ def check_fit(model, # A `BantamForCausalLM`
     "Refuse a model, data and tokenizer that do not belong together."
     V,longest,rows = model.config.vocab_size,model.config.max_position_embeddings,len(data.dataset)
     if tokenizer is not None and tokenizer.vocab_size > V:
-        raise BantamError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {V} (vocab_size); use the tokenizer that belongs to it")
-    if rows < data.batch_size: raise BantamError(f"the data are {rows} rows, fewer than one batch of {data.batch_size}; lower batch_size or seq_len, or give more text")
+        raise BantamError(f"the tokenizer has {tokenizer.vocab_size} tokens, "
+                          f"the model only {V} (vocab_size); use the tokenizer that belongs to it")
+    if rows < data.batch_size:
+        raise BantamError(f"the data are {rows} rows, fewer than one batch of {data.batch_size}; "
+                          "lower batch_size or seq_len, or give more text")
     x_BT = data.batch(0).x_BT
     if x_BT.shape[1] > longest:
-        raise BantamError(f"the data come in rows of {x_BT.shape[1]} tokens, the model takes {longest} (max_position_embeddings); lower seq_len")
-    if x_BT.max() >= V: raise BantamError(f"the data hold token {x_BT.max()}, the model knows ids below {V}; were they made with another tokenizer?")
+        raise BantamError(f"the data come in rows of {x_BT.shape[1]} tokens, "
+                          f"the model takes {longest} (max_position_embeddings); lower seq_len")
+    if x_BT.max() >= V:
+        raise BantamError(f"the data hold token {x_BT.max()}, the model knows ids below {V}; "
+                          "were they made with another tokenizer?")

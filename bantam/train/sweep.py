@@ -18,7 +18,8 @@ import bantam.presets # adds from_preset
 from ..args import TrainingArgs
 from ..config import BantamConfig
 from ..core import BantamError, read_json, write_durable, write_json
-from ..settings import apply_overrides, from_section, load_settings, only_sections, positive, strict
+from ..settings import (apply_overrides, from_section, load_settings, only_sections, positive,
+                             strict)
 from ..text.template import ChatTemplate
 from .checkpoint import checkpoints
 from .outcome import sweep_plot, sweep_table
@@ -31,9 +32,12 @@ class SweepArgs:
     "How to search."
     out_dir:str # Folder of the sweep: its record, and a run folder for each trial
     trials:int=20 # Runs in all, those of an earlier start included
-    sampler:Literal["tpe", "random", "grid"]="tpe" # Bayesian (Bergstra et al., 2011), by chance, or every combination
-    prune:bool=True # End a run whose held-out loss is above the median of the others at the same step
-    warm_trials:int=4 # Runs that are never ended early, and that are drawn by chance before `tpe` begins to learn
+    # Bayesian (Bergstra et al., 2011), by chance, or every combination
+    sampler:Literal["tpe", "random", "grid"]="tpe"
+    # End a run whose held-out loss is above the median of the others at the same step
+    prune:bool=True
+    # Runs that are never ended early, and that are drawn by chance before `tpe` begins to learn
+    warm_trials:int=4
     seed:int=0 # Of the draws
     config:str|None=None # Training file of all runs
     mconf:str|None=None # Model file of all runs
@@ -43,7 +47,8 @@ class SweepArgs:
         "Refuse what no sweep could follow."
         positive(self, "trials", "warm_trials")
         if self.mconf and self.preset:
-            raise BantamError("mconf and preset contradict each other; the file may name a preset itself")
+            raise BantamError("mconf and preset contradict each other; "
+                              "the file may name a preset itself")
 
 # %% ../../nbs/4_train/49c_sweep.ipynb #429c4f9d
 class Sweep:
@@ -51,9 +56,11 @@ class Sweep:
     def __init__(self,
                  args:SweepArgs, # How to search
                  space:dict, # {section.name: values}
-                 overrides=() # Texts `training_args.key=value` or `bantam_config.key=value`, for all runs
+                 # Texts `training_args.key=value` or `bantam_config.key=value`, for all runs
+                 overrides=()
                 ):
-        if not space: raise BantamError("the space is empty; name at least one field with its values")
+        if not space:
+            raise BantamError("the space is empty; name at least one field with its values")
         self.args,self.overrides,self.folder = args,list(overrides),Path(args.out_dir)
         self.space = [read_range(k, v) for k,v in space.items()]
         start = {r.field: r.ends()[0] for r in self.space}
@@ -62,13 +69,15 @@ class Sweep:
         grid = [r.grid() for r in self.space]
         if args.sampler == "grid" and not all(grid):
             endless = self.space[grid.index([])].field
-            raise BantamError(f"space '{endless}': a grid needs choices or a step; or use sampler: tpe")
+            raise BantamError(f"space '{endless}': a grid needs choices or a step; or use sampler: "
+                              "tpe")
         self.points = math.prod(map(len, grid)) if args.sampler == "grid" else math.inf
 
     @classmethod
     def from_yaml(cls,
                   path, # A file with `sweep_args` and `space`
-                  overrides=() # Texts `sweep_args.key=value`, `training_args.key=value`, `bantam_config.key=value`
+                  # Texts `section.key=value` of sweep_args, training_args, bantam_config
+                  overrides=()
                  )->"Sweep":
         "The sweep that a file describes; its paths start at its folder."
         (data,lines),path = load_settings(path),Path(path)
@@ -78,7 +87,8 @@ class Sweep:
             if isinstance(args.get(k), str): args[k] = str(path.absolute().parent/args[k])
         data = apply_overrides(data, own)
         only_sections(data, ["sweep_args", "space"], path, lines)
-        if not isinstance(data.get("space"), dict): raise BantamError(f"{path}: 'space' must hold a line for each field")
+        if not isinstance(data.get("space"), dict):
+            raise BantamError(f"{path}: 'space' must hold a line for each field")
         how = from_section(SweepArgs, data.get("sweep_args") or {}, "sweep_args", path, lines)
         return cls(how, data["space"], [o for o in overrides if o not in own])
 
@@ -90,18 +100,21 @@ def settings(self:Sweep,
              build:str|None=None # The field that is being checked, for the message
             )->tuple: # `TrainingArgs`, and a function: what the tokenizer knows -> `BantamConfig`
     "What a trial is told."
-    a,cut = self.args,lambda s: {k.partition(".")[2]: v for k,v in values.items() if k.startswith(s)}
+    a,cut = (self.args,
+             lambda s: {k.partition(".")[2]: v for k,v in values.items() if k.startswith(s)})
     training,shaping = map(cut, SECTIONS)
     mine = {s: [o for o in self.overrides if o.startswith(f"{s}.")] for s in SECTIONS}
     if left := [o for o in self.overrides if not any(o in m for m in mine.values())]:
-        raise BantamError(f"--set {left[0]}: a sweep knows the sections sweep_args, space, {', '.join(SECTIONS)}")
+        raise BantamError(f"--set {left[0]}: a sweep knows the sections sweep_args, space, "
+                          f"{', '.join(SECTIONS)}")
     plain = lambda s: apply_overrides({}, mine[s]).get(s, {})
     try:
         args = TrainingArgs.from_yaml(a.config, mine["training_args"]) if a.config \
             else TrainingArgs(**plain("training_args"))
         args,changes = args.replace(**training | dict(out_dir=str(out_dir))),plain("bantam_config")
         def shape(**known):
-            if a.mconf: return BantamConfig.from_yaml(a.mconf, mine["bantam_config"], **known | shaping)
+            if a.mconf:
+                return BantamConfig.from_yaml(a.mconf, mine["bantam_config"], **known | shaping)
             return BantamConfig.from_preset(a.preset or "small", **known | changes | shaping)
         shape()
     except BantamError as e:
@@ -127,12 +140,14 @@ class Watch:
         if loss is None: raise BantamError(f"step {row['step']}: the held-out loss is not finite")
         self.best = min(self.best, loss)
         told = self.trial.storage.get_trial(self.trial._trial_id).intermediate_values
-        if row["step"] not in told: self.trial.report(loss, row["step"]) # a run that goes on may come by again
+        # a run that goes on may come by again
+        if row["step"] not in told: self.trial.report(loss, row["step"])
         if self.prune and self.trial.should_prune():
             raise optuna.TrialPruned(f"{loss:.4f} at step {row['step']}")
 
 # %% ../../nbs/4_train/49c_sweep.ipynb #b98d8d9e
-DATA = ("dataset", "valid_dataset", "valid_fraction", "dataset_text_field", "min_sample_token_length",
+DATA = ("dataset", "valid_dataset", "valid_fraction", "dataset_text_field",
+        "min_sample_token_length",
         "tokenizer", "dataset_dtype", "finetune_from")
 
 @patch
@@ -159,7 +174,8 @@ def run_trial(self:Sweep,
     trial.set_user_attr("folder", folder.name)
     try:
         args,shape = self.settings(values, folder)
-        going_on = dict(resume_from_checkpoint=str(folder), finetune_from=None, init_from_checkpoint=None)
+        going_on = dict(resume_from_checkpoint=str(folder), finetune_from=None,
+                        init_from_checkpoint=None)
         if checkpoints(folder): args = args.replace(**going_on)
         if not args.eval_every_n:
             raise BantamError("a sweep needs held-out losses; set eval_every_n above 0")
@@ -178,25 +194,30 @@ def run_trial(self:Sweep,
 def study(self:Sweep):
     "Optuna's study in the sweep's folder, made when it is not there yet."
     import optuna
-    optuna.logging.set_verbosity(optuna.logging.ERROR) # a trial that failed is told by `run`, in one line
+    # a trial that failed is told by `run`, in one line
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     self.folder.mkdir(parents=True, exist_ok=True)
     self.claim()
     database = self.folder/"sweep.db"
     storage,past = f"sqlite:///{database}",0
     if database.exists() and "sweep" in optuna.get_all_study_names(storage):
         past = len(optuna.load_study(study_name="sweep", storage=storage).trials)
-    return optuna.create_study(study_name="sweep", storage=storage, sampler=self.sampler(past), load_if_exists=True,
-                               pruner=optuna.pruners.MedianPruner(n_startup_trials=self.args.warm_trials))
+    return optuna.create_study(study_name="sweep", storage=storage, sampler=self.sampler(past),
+                               load_if_exists=True,
+                               pruner=optuna.pruners.MedianPruner(
+                                   n_startup_trials=self.args.warm_trials))
 
 @patch
 def claim(self:Sweep)->None:
     "Write down what this folder searches; refuse one that searches something else."
     a,note = self.args,self.folder/"sweep.json"
     space = [dataclasses.asdict(r) | dict(choices=list(r.choices)) for r in self.space]
-    said = dict(space=space, overrides=self.overrides, sampler=a.sampler, preset=a.preset, mconf=a.mconf,
+    said = dict(space=space, overrides=self.overrides, sampler=a.sampler, preset=a.preset,
+                mconf=a.mconf,
                 config=a.config)
     if note.exists() and read_json(note) != said:
-        raise BantamError(f"{self.folder} holds another sweep; give its own settings, or another out_dir")
+        raise BantamError(f"{self.folder} holds another sweep; give its own settings, "
+                          "or another out_dir")
     write_json(note, said)
 
 @patch
@@ -216,7 +237,8 @@ def run(self:Sweep,
         train:Callable=pretrain, # What a trial calls: (args, shape, callbacks) -> result
         say:Callable=print # Where lines for people go
        )->list: # A row per trial, see `rows`
-    "Search until there are enough trials; the table, the picture and the best settings are written after every trial."
+    """Search until there are enough trials; the table, the picture and the best settings are
+    written after every trial."""
     import optuna
     study = self.study()
     for t in study.get_trials(states=[optuna.trial.TrialState.RUNNING]): # killed in the middle
@@ -248,9 +270,12 @@ def rows(self:Sweep,
         end = t.user_attrs.get("end") or ends.get(t.state.name)
         if end in (None, "killed"): continue
         last = max(t.intermediate_values, default=None)
-        loss = t.value if end == "done" else t.intermediate_values.get(last) if end == "pruned" else None
-        found.append(dict(folder=t.user_attrs.get("folder", f"trial-{t.number:04d}"), end=end, loss=loss,
-                          step=last, values=dict(sorted(t.params.items())), why=t.user_attrs.get("why", "")))
+        loss = (t.value if end == "done" else t.intermediate_values.get(last)
+                if end == "pruned" else None)
+        found.append(dict(folder=t.user_attrs.get("folder", f"trial-{t.number:04d}"),
+                          end=end, loss=loss,
+                          step=last, values=dict(sorted(t.params.items())),
+                          why=t.user_attrs.get("why", "")))
     return found
 
 # %% ../../nbs/4_train/49c_sweep.ipynb #86e9552c
@@ -258,7 +283,8 @@ def rows(self:Sweep,
 def write(self:Sweep,
           study # From `study`
          )->None:
-    "`table.txt`, `sweep.png`, and `best.yaml` with `best_model.yaml`, which `pretrain` takes as --config and --mconf."
+    """`table.txt`, `sweep.png`, and `best.yaml` with `best_model.yaml`, which `pretrain` takes as
+    --config and --mconf."""
     import yaml
     from bantam.train.report import png
     rows = self.rows(study)
@@ -272,5 +298,6 @@ def write(self:Sweep,
     default = TrainingArgs().to_dict()
     told = {k: v for k,v in args.to_dict().items() if k != "seed" and v != default[k]}
     model = {k: v for k,v in shape().to_dict().items() if k != "vocab_size"}
-    for name,what in (("best", dict(seed=args.seed, training_args=told)), ("best_model", dict(bantam_config=model))):
+    for name,what in (("best", dict(seed=args.seed, training_args=told)),
+                      ("best_model", dict(bantam_config=model))):
         write_durable(self.folder/f"{name}.yaml", yaml.safe_dump(what, sort_keys=False))

@@ -28,7 +28,9 @@ def full_row(row:dict # Some of the metrics
             )->dict: # All of them in order; unknown ones are None
     "A row with every key; NaN and infinity become None, because JSON has no word for them."
     wrong = set(row) - set(METRICS)
-    if wrong: raise BantamError(f"no metric is called {sorted(wrong)[0]!r}; the metrics are {', '.join(METRICS)}")
+    if wrong:
+        raise BantamError(f"no metric is called {sorted(wrong)[0]!r}; "
+                          f"the metrics are {', '.join(METRICS)}")
     value = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
     return {k: value(row.get(k)) for k in METRICS}
 
@@ -43,7 +45,9 @@ def read_log(path, # A `.jsonl` file; a missing one is an empty log
     rows = []
     for i,line in enumerate(lines, 1):
         try: rows.append(json.loads(line))
-        except ValueError: raise BantamError(f"{path} line {i} is not JSON; remove that line, or the file") from None
+        except ValueError:
+            raise BantamError(
+                f"{path} line {i} is not JSON; remove that line, or the file") from None
     return [r for r in rows if r["step"] <= upto]
 
 # %% ../../nbs/4_train/44_track.ipynb #15c58fc1
@@ -53,7 +57,8 @@ def csv_line(row:dict # A full row
     return ",".join("" if row[k] is None else str(row[k]) for k in CSV_COLUMNS) + "\n"
 
 class RunLog:
-    "`logs/metrics.jsonl`, `logs/samples.jsonl`, `logs/norms.jsonl` and `logs/loss.csv` of a run folder."
+    """`logs/metrics.jsonl`, `logs/samples.jsonl`, `logs/norms.jsonl` and `logs/loss.csv` of a run
+    folder."""
     def __init__(self,
                  out_dir, # The run folder
                  step:int=0, # Where the run stands: later rows are cut off
@@ -63,12 +68,15 @@ class RunLog:
         folder = Path(out_dir)/"logs"
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder) # What a killed run had begun to write here
-        self.rows,self.samples,self.norms = (read_log(folder/f, step) for f in ("metrics.jsonl", "samples.jsonl", "norms.jsonl"))
-        kept = {"metrics.jsonl": self.rows, "samples.jsonl": self.samples} | ({"norms.jsonl": self.norms} if norms or self.norms else {})
+        self.rows,self.samples,self.norms = (
+            read_log(folder/f, step) for f in ("metrics.jsonl", "samples.jsonl", "norms.jsonl"))
+        kept = ({"metrics.jsonl": self.rows, "samples.jsonl": self.samples}
+                | ({"norms.jsonl": self.norms} if norms or self.norms else {}))
         texts = {name: "".join(json.dumps(r)+"\n" for r in rows) for name,rows in kept.items()}
         if csv: texts["loss.csv"] = ",".join(CSV_COLUMNS) + "\n" + "".join(map(csv_line, self.rows))
         for name,text in texts.items(): write_durable(folder/name, text)
-        self.files = {name: open(folder/name, "a", encoding="utf-8", newline="\n") for name in texts}
+        self.files = {name: open(folder/name, "a", encoding="utf-8", newline="\n")
+                      for name in texts}
 
     def _append(self, name, line):
         self.files[name].write(line); self.files[name].flush()
@@ -84,7 +92,8 @@ class RunLog:
         return row
 
     def sync(self)->None:
-        "Return only when every row is on the disk: a checkpoint that follows can rely on the log before it."
+        """Return only when every row is on the disk: a checkpoint that follows can rely on the log
+        before it."""
         for f in self.files.values(): os.fsync(f.fileno())
 
     def close(self)->None:
@@ -114,7 +123,8 @@ def progress_line(row:dict, # A full row
                   total:int, # Steps of the whole run
                   seconds_left:float=math.nan # Expected time to the end
                  )->str:
-    "Step, loss, learning rate, speed, share of the machine's limit and time left; what is not known is left out."
+    """Step, loss, learning rate, speed, share of the machine's limit and time left; what is not
+    known is left out."""
     parts = [f"step {row['step']}/{total}",
              "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}",
              row["valid_loss"] is not None and f"valid {row['valid_loss']:.3f}",
@@ -130,7 +140,8 @@ def progress_line(row:dict, # A full row
 def printable(text:str # Anything, a model's output included
              )->str:
     "The text with control characters made visible; line breaks and tabs stay."
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)
 
 class Console:
     "The live line of a run: in place in a terminal, line by line in a file, JSON when asked."
@@ -141,10 +152,13 @@ class Console:
                  lines:bool=True, # False: only what is said (in Jupyter a plot does the showing)
                  file=None # Where to; None is standard output
                 ):
-        self.total,self.json,self.lines,self.file = total,log_format == "json",lines,file or sys.stdout
+        self.total,self.json,self.lines,self.file = (total,log_format == "json",lines,
+                                                     file or sys.stdout)
         live = not self.json and self.file.isatty()
-        columns = shutil.get_terminal_size().columns # tqdm shows nothing where a terminal claims to have none
-        self.bar = tqdm(total=total, initial=step, file=self.file, ncols=columns, bar_format="{bar:12} {desc}") if live else None
+        # tqdm shows nothing where a terminal claims to have none
+        columns = shutil.get_terminal_size().columns
+        self.bar = tqdm(total=total, initial=step, file=self.file, ncols=columns,
+                        bar_format="{bar:12} {desc}") if live else None
 
     def show(self,
              row:dict, # A full row
@@ -153,10 +167,12 @@ class Console:
             )->None:
         "Show where the run stands."
         if self.bar is not None:
-            self.bar.set_description_str(progress_line(row, self.total, seconds_left), refresh=False)
+            self.bar.set_description_str(progress_line(row, self.total, seconds_left),
+                                         refresh=False)
             self.bar.update(row["step"] - self.bar.n)
         elif not (logged and self.lines): return
-        elif self.json: self._print(json.dumps({f"metrics.{k}": v for k,v in row.items() if v is not None}))
+        elif self.json:
+            self._print(json.dumps({f"metrics.{k}": v for k,v in row.items() if v is not None}))
         else: self._print(progress_line(row, self.total, seconds_left))
 
     def say(self,

@@ -17,8 +17,10 @@ from fastcore.basics import patch
 from ..core import BantamError, read_json, write_json
 
 # %% ../../nbs/4_train/44g_trackers.ipynb #aad6e10f
-PANELS = dict(loss="train/loss", lr="train/lr", grad_l2_norm="train/grad_l2_norm", skipped="train/skipped", epoch="progress/epoch", tokens="progress/tokens",
-              tokens_per_second="speed/tokens_per_second", mfu="speed/mfu", valid_loss="valid/loss", perplexity="valid/perplexity", bits_per_byte="valid/bits_per_byte")
+PANELS = dict(loss="train/loss", lr="train/lr", grad_l2_norm="train/grad_l2_norm",
+              skipped="train/skipped", epoch="progress/epoch", tokens="progress/tokens",
+              tokens_per_second="speed/tokens_per_second", mfu="speed/mfu", valid_loss="valid/loss",
+              perplexity="valid/perplexity", bits_per_byte="valid/bits_per_byte")
 
 def scalars(row:dict, # A full row
             norms:list=() # Rows of the norms, of which the last is taken when it is of this step
@@ -26,13 +28,16 @@ def scalars(row:dict, # A full row
     "What a tracker draws of one step."
     found = {name: row[k] for k,name in PANELS.items() if row[k] is not None}
     if norms and norms[-1]["step"] == row["step"]:
-        found |= {f"{kind}/{name}": v for kind in ("weights", "activations") for name,v in norms[-1][kind].items()}
+        found |= {f"{kind}/{name}": v for kind in ("weights", "activations")
+                  for name,v in norms[-1][kind].items()}
     return found
 
 def need_package(name:str # What shall be imported
                 )->None:
     "Refuse a tracker that is not installed, before the run begins."
-    if find_spec(name) is None: raise BantamError(f"trackers names {name}, which is not installed; pip install 'bantam-lm[track]', or leave it out")
+    if find_spec(name) is None:
+        raise BantamError(f"trackers names {name}, which is not installed; "
+                          "pip install 'bantam-lm[track]', or leave it out")
 
 # %% ../../nbs/4_train/44g_trackers.ipynb #ad1c09e9
 class TensorBoard:
@@ -54,7 +59,8 @@ class TensorBoard:
                row:dict # As it was written
               )->None:
         "One point in every curve; samples become texts."
-        for name,v in scalars(row, trainer.log.norms).items(): self.writer.add_scalar(name, v, row["step"])
+        for name,v in scalars(row, trainer.log.norms).items():
+            self.writer.add_scalar(name, v, row["step"])
         for s in trainer.log.samples[-1:]:
             if s["step"] == row["step"]: self.writer.add_text("sample", s["text"], row["step"])
 
@@ -84,8 +90,11 @@ class WeightsAndBiases:
         note.parent.mkdir(parents=True, exist_ok=True)
         known = read_json(note)["id"] if note.exists() else uuid.uuid4().hex[:8]
         if not note.exists(): write_json(note, dict(id=known))
-        self.run = wandb.init(project=self.project, entity=self.entity, name=t.args.run_name or t.out_dir.name, id=known, resume="allow", dir=str(note.parent),
-                              config=dict(training_args=t.args.to_dict(), bantam_config=t.model.config.to_dict()), settings=wandb.Settings(console="off", silent=True))
+        self.run = wandb.init(project=self.project, entity=self.entity, name=t.args.run_name
+                              or t.out_dir.name, id=known, resume="allow", dir=str(note.parent),
+                              config=dict(training_args=t.args.to_dict(),
+                                          bantam_config=t.model.config.to_dict()),
+                              settings=wandb.Settings(console="off", silent=True))
         self.run.define_metric("*", step_metric="progress/step")
         if self.artifacts and t.tokenizer is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +103,8 @@ class WeightsAndBiases:
 
     def _upload(self, kind, folder, aliases):
         import wandb
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{self.run.name}-{kind}"), type=kind) # the only signs that it allows
+        # the only signs that it allows
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{self.run.name}-{kind}"), type=kind)
         artifact.add_dir(str(folder))
         self.run.log_artifact(artifact, aliases=["latest", *aliases])
 
@@ -120,7 +130,8 @@ def on_end(self:WeightsAndBiases,
            result:dict # What the run came to
           )->None:
     "The last values beside the name."
-    self.run.summary.update({f"result/{k}": v for k,v in result.items() if isinstance(v, (int, float))})
+    self.run.summary.update(
+        {f"result/{k}": v for k,v in result.items() if isinstance(v, (int, float))})
 
 @patch
 def on_close(self:WeightsAndBiases,

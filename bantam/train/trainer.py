@@ -44,13 +44,15 @@ def one_step(self:Trainer)->dict: # The step's metrics
     if args.dropout_anneal: self.model.scale_dropout(dropout_scale(self.step, args.dropout_anneal))
     self.model.train()
     self.ranks.reseed(args.seed, self.step)
-    hear = self._stop_if_asked if self.ranks.size == 1 else lambda: None # Ranks stop together, between steps
+    # Ranks stop together, between steps
+    hear = self._stop_if_asked if self.ranks.size == 1 else lambda: None
     try: loss = accumulate(self.net, batches, self.device, self.precision, factor, hear,
                            self.guard.count_empty, self.ranks)
     except BaseException:
         self.optimizer.zero_grad()
         raise
-    loss,norm,taken = take_step(self.optimizer, loss, scale, args.grad_clip, self.scaler, self.guard.lets)
+    loss,norm,taken = take_step(self.optimizer, loss, scale, args.grad_clip, self.scaler,
+                                self.guard.lets)
     self.rng,self.last_batch = rng_state(),batches[-1]
     self.step += 1; self.position += args.accum_steps
     self.tokens += self.ranks.size*sum(b.x_BT.numel() for b in batches)
@@ -75,13 +77,15 @@ def settle(self:Trainer,
 # %% ../../nbs/4_train/45_trainer.ipynb #398d36f3
 @patch
 def shown(self:Trainer): # A context
-    "In this block the model has the weights that are evaluated and kept: the average, where there is one."
+    """In this block the model has the weights that are evaluated and kept: the average, where there
+    is one."""
     return self.average.swapped(self.model) if self.average else nullcontext()
 
 @patch
 def evaluate(self:Trainer)->dict: # `loss`, `perplexity`, `bits_per_byte` on the held-out batches
     "Measure the model as it is; changes nothing."
-    if self.valid is None: raise BantamError("there is nothing to evaluate on; pass a held-out loader as `valid`")
+    if self.valid is None:
+        raise BantamError("there is nothing to evaluate on; pass a held-out loader as `valid`")
     batches = islice(self.valid, self.args.eval_batches)
     with self.shown():
         return measure(self.model, batches, self.device, self.precision, self.lengths_V, self.ranks)
@@ -94,7 +98,8 @@ def watch(self:Trainer,
     "Evaluate, log, show and tell the callbacks, each when it is due."
     args,last = self.args,self.step == self.total_steps
     due = lambda every: every > 0 and self.step % every == 0
-    evaluated = self.valid is not None and args.eval_every_n > 0 and (due(args.eval_every_n) or last)
+    evaluated = (self.valid is not None and args.eval_every_n > 0
+                 and (due(args.eval_every_n) or last))
     if evaluated:
         found = self.evaluate()
         row |= dict(valid_loss=found.pop("loss")) | found
@@ -133,7 +138,7 @@ def finish(self:Trainer)->dict: # What the run came to
 
 # %% ../../nbs/4_train/45_trainer.ipynb #5a6cc317
 @patch
-def train(self:Trainer)->dict: # `step, loss, valid_loss, bits_per_byte, seconds, tokens_per_second, mfu, model, ...`
+def train(self:Trainer)->dict: # `step, loss, valid_loss, seconds, mfu, model, ...`
     "Train to the end, or until asked to stop (then `Interrupted`, with a checkpoint)."
     self._begin()
     command = self.resume_command

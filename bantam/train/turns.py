@@ -28,7 +28,9 @@ from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from .checkpoint import newest_checkpoint, weights_folder
 from .distributed import Ranks
-from .experts import alone, config_of, expert_file, is_split, join_experts, num_experts, on_demand, piece, routed, shapes_of, split_experts, write_parts
+from .experts import (alone, config_of, expert_file, is_split, join_experts,
+                                  num_experts, on_demand, piece, routed, shapes_of, split_experts,
+                                  write_parts)
 from .interrupt import check_same_run
 from .pretrain import load_tokenizer, loaders
 from .step import measure
@@ -45,13 +47,15 @@ class OneExpert(MoE):
 
     def forward(self,
                 x_BTD:Tensor # What the norm gives
-               )->tuple[Tensor,RouterStats]: # (B,T,D) for the residual stream, and the router's report
+               )->tuple[Tensor,RouterStats]: # (B,T,D) for the residual, the router's report
         N = x_BTD[...,0].numel()
-        visits,stats = route(self.logits(x_BTD), self.config, False, self.choice_bias) # room for everybody
+        # room for everybody
+        visits,stats = route(self.logits(x_BTD), self.config, False, self.choice_bias)
         if self.training and self.loads is not None: self.loads += stats.load_E
         w_N = visits.weight_M.new_zeros(N).index_add(0, visits.token_M, visits.weight_M)
         tokens_N = torch.arange(N, device=w_N.device)
-        y_BTD = self.experts(x_BTD.flatten(0, 1), Route(tokens_N, torch.zeros_like(tokens_N), w_N)).view(x_BTD.shape)
+        y_BTD = self.experts(x_BTD.flatten(0, 1),
+                             Route(tokens_N, torch.zeros_like(tokens_N), w_N)).view(x_BTD.shape)
         return y_BTD + self.shared(x_BTD) if self.config.moe_num_shared else y_BTD,stats
 
 # %% ../../nbs/4_train/48a_turns.ipynb #0e38de8f
@@ -66,18 +70,24 @@ def plan_turns(steps:int, # Optimiser steps of the run
                rounds:int=2, # Turns of each expert after the common beginning
                beginning:float=.5, # Share of the steps before that
                share:float=.8, # Of what an expert learns, that the others take over
-               only:int|None=None # One expert that has all steps for itself, and keeps what it learns
+               # One expert that has all steps for itself, and keeps what it learns
+               only:int|None=None
               )->list[Turn]:
     "The order of the experts, a pure function of the length of the run."
     if only is not None:
-        if not only < experts: raise BantamError(f"active_expert is {only}, the model has experts 0 to {experts-1}")
+        if not only < experts:
+            raise BantamError(f"active_expert is {only}, the model has experts 0 to {experts-1}")
         return [Turn(only, steps, 0.)]
     for n,x in dict(beginning=beginning, share=share).items():
         if not 0 <= x <= 1: raise BantamError(f"{n} must be from 0 to 1, got {x}")
     first,n = round(steps*beginning),rounds*experts
     if rounds < 1: raise BantamError(f"rounds must be at least 1, got {rounds}")
-    if steps - first < n: raise BantamError(f"{rounds} rounds of {experts} experts are {n} turns, but only {steps-first} steps are left for them; lower rounds, or train longer")
-    return [Turn(0, first, 1.)]*(first > 0) + [Turn(k % experts, first + (steps-first)*(k+1)//n, share) for k in range(n)]
+    if steps - first < n:
+        raise BantamError(f"{rounds} rounds of {experts} experts are {n} turns, "
+                          f"but only {steps-first} steps are left for them; lower rounds, "
+                          "or train longer")
+    return [Turn(0, first, 1.)]*(first > 0) + [Turn(k % experts, first + (steps-first)*(k+1)//n,
+                                                    share) for k in range(n)]
 
 def turn_at(turns:list, # From `plan_turns`
             step:int # Optimiser steps taken
@@ -96,7 +106,8 @@ class OneExpertLM(BantamForCausalLM):
         self.waiting,self.E,self.active,self.turns = Path(waiting),num_experts(config),0,None
         self.steps = [0]*self.E # that each was in memory
         for i,block in enumerate(self.layers):
-            if isinstance(block.ffn, MoE): block.ffn,self.shapes[i] = OneExpert(self.shapes[i]),alone(self.shapes[i])
+            if isinstance(block.ffn, MoE):
+                block.ffn,self.shapes[i] = OneExpert(self.shapes[i]),alone(self.shapes[i])
 
     @classmethod
     def build(cls,
@@ -107,7 +118,8 @@ class OneExpertLM(BantamForCausalLM):
         with torch.device("meta"): model = cls(config, waiting)
         model._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype))
         model.init_weights()
-        shutil.rmtree(model.waiting, ignore_errors=True); (model.waiting/"experts").mkdir(parents=True)
+        shutil.rmtree(model.waiting, ignore_errors=True)
+        (model.waiting/"experts").mkdir(parents=True)
         for i in range(model.E): write_tensors(model.mine(), expert_file(model.waiting, i))
         return model
 
@@ -143,7 +155,8 @@ def change(self:OneExpertLM,
     "Put the expert in memory back, and read another."
     mine,start = self.mine(),expert_file(self.waiting, self.active)
     for i in range(self.E):
-        if share and i != self.active: teach(expert_file(self.waiting, i), lambda n: share*(mine[n] - piece(start, n)))
+        if share and i != self.active:
+            teach(expert_file(self.waiting, i), lambda n: share*(mine[n] - piece(start, n)))
     write_tensors(mine, start)
     if to != self.active: self.sit(to)
 
@@ -161,9 +174,11 @@ def save_pretrained(self:OneExpertLM,
             if i != self.active: shutil.copy2(expert_file(self.waiting, i), expert_file(tmp, i))
         shutil.copy2(expert_file(self.waiting, self.active), tmp/"experts"/"start.safetensors")
         write_tensors(self.mine(), expert_file(tmp, self.active))
-        write_tensors({n: t.contiguous() for n,t in self.state_dict().items() if not routed(n)}, tmp/"model.safetensors")
+        write_tensors({n: t.contiguous() for n,t in self.state_dict().items() if not routed(n)},
+                      tmp/"model.safetensors")
         write_json(tmp/"config.json", self.config.to_dict())
-        write_json(tmp/"experts"/"turns.json", dict(active=self.active, steps=self.steps, turns=self.turns))
+        write_json(tmp/"experts"/"turns.json",
+                   dict(active=self.active, steps=self.steps, turns=self.turns))
     return Path(folder)
 
 @patch
@@ -171,18 +186,24 @@ def load_weights(self:OneExpertLM,
                  tensors:dict, # {name: tensor} of what is shared
                  where # Their file; the experts lie beside it
                 )->None:
-    "The shared weights and the expert of that moment; the others are brought to where they were then."
+    """The shared weights and the expert of that moment; the others are brought to where they were
+    then."""
     folder = Path(where).parent
-    if not is_split(folder): raise BantamError(f"{folder} has no experts in files of their own; `split_experts` makes them")
+    if not is_split(folder):
+        raise BantamError(f"{folder} has no experts in files of their own; "
+                          "`split_experts` makes them")
     file,active,steps = folder/"experts"/"turns.json",0,[0]*self.E
     if file.exists():
         said = read_json(file)
-        active,steps,self.turns = (said.get(k) if isinstance(said, dict) else None for k in ("active", "steps", "turns"))
-        if active not in range(self.E) or not isinstance(steps, list) or len(steps) != self.E: raise BantamError(f"{file} is not about {self.E} experts; take another checkpoint")
+        active,steps,self.turns = (said.get(k) if isinstance(said, dict) else None
+                                   for k in ("active", "steps", "turns"))
+        if active not in range(self.E) or not isinstance(steps, list) or len(steps) != self.E:
+            raise BantamError(f"{file} is not about {self.E} experts; take another checkpoint")
     BantamForCausalLM.load_weights(self, tensors | read_tensors(expert_file(folder, active)), where)
     shutil.rmtree(self.waiting, ignore_errors=True); (self.waiting/"experts").mkdir(parents=True)
     for i in range(self.E): shutil.copy2(expert_file(folder, i), expert_file(self.waiting, i))
-    if (folder/"experts"/"start.safetensors").exists(): shutil.copy2(folder/"experts"/"start.safetensors", expert_file(self.waiting, active))
+    if (folder/"experts"/"start.safetensors").exists():
+        shutil.copy2(folder/"experts"/"start.safetensors", expert_file(self.waiting, active))
     self.active,self.steps = active,steps
 
 # %% ../../nbs/4_train/48a_turns.ipynb #3640d3c6
@@ -210,45 +231,64 @@ def beginning_of(args:TrainingArgs, # Says where the run begins
     if args.resume_from_checkpoint:
         start = newest_checkpoint(args.resume_from_checkpoint)
         return config_of(start),start
-    start = weights_folder(args.finetune_from or args.init_from_checkpoint) if args.finetune_from or args.init_from_checkpoint else None
-    if start is not None and not is_split(start): start = split_experts(start, Path(args.out_dir)/"start")
+    start = (weights_folder(args.finetune_from or args.init_from_checkpoint) if args.finetune_from
+             or args.init_from_checkpoint else None)
+    if start is not None and not is_split(start):
+        start = split_experts(start, Path(args.out_dir)/"start")
     if start is not None: return config_of(start),start
-    if shape is None: raise BantamError("no model was named; give --mconf, --preset, or finetune_from")
+    if shape is None:
+        raise BantamError("no model was named; give --mconf, --preset, or finetune_from")
     return shape(vocab_size=tokenizer.vocab_size),None
 
 # %% ../../nbs/4_train/48a_turns.ipynb #4593f386
-def train_experts(args:TrainingArgs, # Everything the run is told; `active_expert` trains that one only
+def train_experts(args:TrainingArgs, # Of the run; `active_expert` trains that one only
                   shape=None, # A function: what the tokenizer knows -> `BantamConfig`
                   rounds:int=2, # Turns of each expert
-                  beginning:float=.25, # Share of the steps in which all learn the same, before the rounds
+                  # Share of the steps in which all learn the same, before the rounds
+                  beginning:float=.25,
                   share:float=.8, # Of what an expert learns in its turn, that the others take over
                   callbacks=(), # Handed to the trainer
-                  command:str|None=None # The words that go on with this run; said at its start and when it is asked to stop
-                 )->dict: # What `Trainer.train` returns, and `whole_loss`: held-out loss with all experts
-    "Train a model with experts in the memory of one: from the beginning, from another model, or on from where it stopped."
+                  # The words that go on with this run; said at its start and at a stop
+                  command:str|None=None
+                 )->dict: # As of `Trainer.train`, and `whole_loss`: held-out, all experts
+    """Train a model with experts in the memory of one: from the beginning, from another model, or
+    on from where it stopped."""
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
     ranks = Ranks.current(args.device, args.parallel)
-    if ranks.size > 1: raise ranks.said(BantamError("experts that take turns are trained by one process, which alone moves them between memory and their files; start without torchrun"))
-    if args.ema_half_life: raise BantamError("ema_half_life would average different experts with each other; leave it out when experts are trained in turn")
-    if args.resume_from_checkpoint: check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
+    if ranks.size > 1:
+        raise ranks.said(BantamError("experts that take turns are trained by one process, "
+                                     "which alone moves them between memory and their files; "
+                                     "start without torchrun"))
+    if args.ema_half_life:
+        raise BantamError("ema_half_life would average different experts with each other; "
+                          "leave it out when experts are trained in turn")
+    if args.resume_from_checkpoint:
+        check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
     out,tokenizer = Path(args.out_dir),load_tokenizer(args)
     config,start = beginning_of(args, shape, tokenizer)
     seed_everything(args.seed)
     model = OneExpertLM.build(config, out/"waiting")
-    if start is not None and not args.resume_from_checkpoint: model.load_weights(read_tensors(start/"model.safetensors"), start/"model.safetensors")
-    train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"), args.seq_len or config.max_position_embeddings)
+    if start is not None and not args.resume_from_checkpoint:
+        model.load_weights(read_tensors(start/"model.safetensors"), start/"model.safetensors")
+    train,valid = loaders(args, tokenizer, ChatTemplate.named("bantam"),
+                          args.seq_len or config.max_position_embeddings)
     trainer = Trainer(model, args, train, valid, tokenizer, callbacks)
     turns = plan_turns(trainer.total_steps, model.E, rounds, beginning, share, args.active_expert)
     told = dict(rounds=rounds, beginning=beginning, share=share)
-    if args.resume_from_checkpoint and model.turns != told: raise BantamError(f"the run went by {model.turns}, and is to go on by {told}; use the same rounds, beginning and share")
+    if args.resume_from_checkpoint and model.turns != told:
+        raise BantamError(f"the run went by {model.turns}, and is to go on by {told}; "
+                          "use the same rounds, beginning and share")
     model.turns = told
-    if not args.resume_from_checkpoint and model.active != turns[0].expert: model.sit(turns[0].expert)
+    if not args.resume_from_checkpoint and model.active != turns[0].expert:
+        model.sit(turns[0].expert)
     trainer.callbacks.insert(0, Rotation(turns))
     trainer.resume_command = command
     result = trainer.train()
     checkpoint = Path(result["checkpoint"])
     join_experts(checkpoint, out/"model")
     if valid is not None:
-        whole = on_demand(checkpoint, sum(isinstance(b.ffn, MoE) for b in model.layers)).to(trainer.device)
-        result["whole_loss"] = measure(whole, islice(valid, args.eval_batches), trainer.device, trainer.precision)["loss"]
+        whole = on_demand(checkpoint, sum(isinstance(b.ffn, MoE) for b in model.layers)).to(
+            trainer.device)
+        result["whole_loss"] = measure(whole, islice(valid, args.eval_batches), trainer.device,
+                                       trainer.precision)["loss"]
     return result

@@ -19,11 +19,13 @@ from ..data.rows import Sample
 from ..text.messages import as_message, check_messages
 
 # %% ../../nbs/6_tune/60_dialogue.ipynb #4e531172
-SCHEMAS = dict(messages=[("messages",), ("conversations",)], prompt=[("prompt", "response")], instruction=[("instruction", "output")])
+SCHEMAS = dict(messages=[("messages",), ("conversations",)], prompt=[("prompt", "response")],
+               instruction=[("instruction", "output")])
 def fitting(fields:dict # A record
            )->list[str]: # Keys of `SCHEMAS`
     "The schemas whose fields the record has."
-    return [name for name,ways in SCHEMAS.items() if any(all(k in fields for k in way) for way in ways)]
+    return [name for name,ways in SCHEMAS.items() if any(all(k in fields for k in way)
+                                                         for way in ways)]
 
 def schema_of(fields:dict # A record
              )->str: # A key of `SCHEMAS`
@@ -31,8 +33,11 @@ def schema_of(fields:dict # A record
     fits = fitting(fields)
     if len(fits) == 1: return fits[0]
     known = "; ".join(" or ".join(", ".join(way) for way in ways) for ways in SCHEMAS.values())
-    if fits: raise BantamError(f"fits several schemas ({', '.join(fits)}); set `schema` to the one that is meant")
-    raise BantamError(f"has the fields {', '.join(map(str, fields)) or 'none'}; a dialogue has {known}")
+    if fits:
+        raise BantamError(f"fits several schemas ({', '.join(fits)}); set `schema` to the one that "
+                          "is meant")
+    raise BantamError(f"has the fields {', '.join(map(str, fields)) or 'none'}; "
+                      f"a dialogue has {known}")
 
 def turns_of(fields:dict, # A record
              schema:str="auto" # A key of `SCHEMAS`, or `auto`
@@ -40,10 +45,12 @@ def turns_of(fields:dict, # A record
     "The turns of a record."
     if schema == "auto": schema = schema_of(fields)
     elif schema not in fitting(fields):
-        raise BantamError(f"does not fit schema '{schema}': it has the fields {', '.join(map(str, fields))}")
+        raise BantamError(f"does not fit schema '{schema}': "
+                          f"it has the fields {', '.join(map(str, fields))}")
     if schema == "messages":
         turns = fields["messages"] if "messages" in fields else fields["conversations"]
-        if not isinstance(turns, list): raise BantamError(f"its messages are a {type(turns).__name__}, not a list of turns")
+        if not isinstance(turns, list):
+            raise BantamError(f"its messages are a {type(turns).__name__}, not a list of turns")
         return [as_message(t) for t in turns]
     if schema == "prompt": asked,answer = fields["prompt"],fields["response"]
     else:
@@ -67,11 +74,13 @@ def read_dialogue(record, # A `Record` of room 21, or a plain dict of fields
     if isinstance(record, dict): fields = record
     else:
         where = record.where
-        fields = record.data or {k: v for k,v in dict(text=record.text, messages=record.messages).items() if v is not None}
+        fields = record.data or {k: v for k,v in dict(
+            text=record.text, messages=record.messages).items() if v is not None}
     try:
         turns = turns_of(fields, schema)
         weights = [turn_weight(t.get("weight", 1)) if isinstance(t, dict) else 1. for t in turns]
-        plain = [{k: v for k,v in t.items() if k != "weight"} if isinstance(t, dict) else t for t in turns]
+        plain = [{k: v for k,v in t.items() if k != "weight"} if isinstance(t, dict) else t
+                 for t in turns]
         return Dialogue(check_messages(plain), weights, where)
     except BantamError as e: raise BantamError(f"{where or 'this record'}: {e}") from None
 
@@ -90,7 +99,8 @@ def target_weights(encoded, # What the template made of the messages
     "The loss mask of a dialogue."
     roles = [m["role"] for m in dialogue.messages]
     asked = {"assistant"} if args.mask_user_queries else {"assistant", "user"}
-    of_turn = [0. if r not in asked or args.last_turn_only and r in roles[k+1:] else w for k,(r,w) in enumerate(zip(roles, dialogue.weights))]
+    of_turn = [0. if r not in asked or args.last_turn_only and r in roles[k+1:] else w
+               for k,(r,w) in enumerate(zip(roles, dialogue.weights))]
     counts = [w or c and args.include_agent_end for w,c in zip(encoded.words, encoded.close)]
     weights = [of_turn[t] if c and t >= 0 else 0. for c,t in zip(counts, encoded.turn)]
     if args.include_eos and roles[-1] == "assistant": weights[-1] = dialogue.weights[-1]
@@ -98,7 +108,7 @@ def target_weights(encoded, # What the template made of the messages
 
 # %% ../../nbs/6_tune/60_dialogue.ipynb #4db2d8dd
 def exchanges(messages:list # Turns of a dialogue
-             )->tuple[list[int],list[list[int]]]: # System turns at the start, then exchanges; all as indices of turns
+             )->tuple[list[int],list[list[int]]]: # System turns, then exchanges, as indices
     "Cut a dialogue before each user's turn that answers something."
     roles = [m["role"] for m in messages]
     head = next((k for k,r in enumerate(roles) if r != "system"), len(roles))
@@ -117,7 +127,8 @@ def keep_newest(dialogue:Dialogue, # Too long
     size = lambda: sum(counts[k] for k in [*head, *sum(groups, [])])
     while len(groups) > 1 and size() > room: groups.pop(0)
     kept = [*head, *sum(groups, [])]
-    return Dialogue([dialogue.messages[k] for k in kept], [dialogue.weights[k] for k in kept], dialogue.where)
+    return Dialogue([dialogue.messages[k] for k in kept], [dialogue.weights[k] for k in kept],
+                    dialogue.where)
 
 # %% ../../nbs/6_tune/60_dialogue.ipynb #4576d424
 def encode_dialogue(dialogue:Dialogue, # Checked
@@ -125,19 +136,22 @@ def encode_dialogue(dialogue:Dialogue, # Checked
                     template, # How turns are written
                     args, # `SFTArgs`: mask and truncation
                     seq_len:int # Longest sample
-                   )->tuple[Sample|None,str]: # The sample, and what happened to it: nothing, or a few words
+                   )->tuple[Sample|None,str]: # The sample, and what happened to it, in words
     "Ids and targets of a dialogue, in at most `seq_len` tokens."
     def encode(d):
         e = template.encode(d.messages, tokenizer, include_eos=args.include_eos)
         return e,target_weights(e, d, args)
     encoded,weights = encode(dialogue)
     if not any(weights[1:]):
-        raise BantamError(f"{dialogue.where or 'this record'}: no token would be a target: no assistant turn counts; mend or remove it")
+        raise BantamError(f"{dialogue.where or 'this record'}: no token would be a target: "
+                          "no assistant turn counts; mend or remove it")
     if len(encoded.ids) <= seq_len: return Sample(encoded.ids, weights),""
     note = "end cut off"
     if args.truncation == "turn":
-        counts = np.bincount(np.array(encoded.turn) + 1, minlength=len(dialogue.messages) + 1) # counts[0]: BOS and EOS
-        dialogue,note = keep_newest(dialogue, counts[1:].tolist(), seq_len - int(counts[0])),"oldest turns dropped"
+        # counts[0]: BOS and EOS
+        counts = np.bincount(np.array(encoded.turn) + 1, minlength=len(dialogue.messages) + 1)
+        dialogue,note = (keep_newest(dialogue, counts[1:].tolist(), seq_len - int(counts[0])),
+                         "oldest turns dropped")
         encoded,weights = encode(dialogue)
         if len(encoded.ids) > seq_len: return None,"too long: the last exchange alone does not fit"
     ids,weights = encoded.ids[:seq_len],weights[:seq_len]
@@ -156,20 +170,25 @@ class MaskView:
         for w,run in groupby(self.sample.weights):
             end = start + len(list(run))
             text = visible(self.tokenizer.decode(self.sample.ids[start:end]))
-            rows.append(f"{'read' if not w else 'target' if w == 1 else f'target x{w:g}':>8} | {text}")
+            rows.append(f"{'read' if not w else 'target' if w == 1 else f'target x{w:g}':>8} | "
+                        f"{text}")
             start = end
         return "\n".join(rows)
 
     def coloured(self)->str:
         "The same with escapes for a terminal: what is asked is yellow."
-        return "\n".join(f"\x1b[33m{row}\x1b[0m" if row.lstrip().startswith("target") else row for row in repr(self).split("\n"))
+        return "\n".join(f"\x1b[33m{row}\x1b[0m" if row.lstrip().startswith("target") else row
+                         for row in repr(self).split("\n"))
 
     def _repr_html_(self)->str:
-        box = '<span title="{}" style="background:{};color:#000;border-radius:3px;margin:1px;padding:0 1px">{}</span>'
+        box = ('<span title="{}" style="background:{};color:#000;border-radius:3px;'
+               'margin:1px;padding:0 1px">{}</span>')
         def one(i, w):
             color = f"rgba(213,94,0,{min(1, .25 + .3*w):.2f})" if w else "#eee"
-            return box.format(f"token {i}, weight {w:g}", color, html.escape(visible(self.tokenizer.decode([i]))))
-        return f'<div style="font-family:monospace;line-height:1.7">{"".join(map(one, *self.sample))}</div>'
+            return box.format(f"token {i}, weight {w:g}", color,
+                              html.escape(visible(self.tokenizer.decode([i]))))
+        boxes = "".join(map(one, *self.sample))
+        return f'<div style="font-family:monospace;line-height:1.7">{boxes}</div>'
 
 def visible(text:str # Any text
            )->str: # On one line, nothing in it that a terminal obeys

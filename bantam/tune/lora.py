@@ -25,23 +25,32 @@ def lora_targets(model:BantamForCausalLM, # The model that gets adapters
                  asked:list|None=None # Names such as `qkv_proj`; None is all that can have one
                 )->list[str]: # Last parts of the names of layers
     "The layers that get an adapter."
-    if model.quantization: raise BantamError("a quantised model cannot be trained, nor carry an adapter; tune the model that it was made of, and quantise that again")
-    can = sorted({n.split(".")[-1] for n,m in model.layers.named_modules() if isinstance(m, nn.Linear) and not n.endswith("router")})
+    if model.quantization:
+        raise BantamError("a quantised model cannot be trained, nor carry an adapter; "
+                          "tune the model that it was made of, and quantise that again")
+    can = sorted({n.split(".")[-1] for n,m in model.layers.named_modules()
+                  if isinstance(m, nn.Linear) and not n.endswith("router")})
     for name in asked or []:
-        if name in ("embed_tokens", "lm_head"): raise BantamError(f"lora_target_modules: {name} is the word table or the head; its rows are trained by lora_train_tokens instead")
-        if name not in can: raise BantamError(f"lora_target_modules: no layer that can have an adapter is called {name!r}{nearest(name, can)}; there are {', '.join(can)}")
+        if name in ("embed_tokens", "lm_head"):
+            raise BantamError(f"lora_target_modules: {name} is the word table or the head; "
+                              "its rows are trained by lora_train_tokens instead")
+        if name not in can:
+            raise BantamError("lora_target_modules: no layer that can have an adapter is called "
+                              f"{name!r}{nearest(name, can)}; there are {', '.join(can)}")
     return sorted(asked) if asked else can
 
 # %% ../../nbs/6_tune/61_lora.ipynb #5e15dc6e
-logging.getLogger("torchao").setLevel(logging.ERROR) # `peft` loads it where it is installed, and it tells which of its kernels this machine has not
+# `peft` loads it where it is installed, and it tells which of its kernels this machine has not
+logging.getLogger("torchao").setLevel(logging.ERROR)
 
 def adapter_weights(module:nn.Module # A layer of the model
-                   )->Tensor|None: # What its weight would be with its adapter in it; None has no adapter
+                   )->Tensor|None: # Its weight with the adapter in it; None has no adapter
     "One layer, merged."
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import TrainableTokensWrapper
     if isinstance(module, TrainableTokensWrapper): return module.weight
-    if isinstance(module, LoraLayer): return module.base_layer.weight + module.get_delta_weight("default")
+    if isinstance(module, LoraLayer):
+        return module.base_layer.weight + module.get_delta_weight("default")
 
 class AdaptedLM(BantamForCausalLM):
     "A model whose blocks carry low-rank adapters; everything else stands still."
@@ -52,7 +61,8 @@ class AdaptedLM(BantamForCausalLM):
         from peft import get_peft_model
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
-        self.peft = (get_peft_model(self, lora),) # in a tuple: it holds this model, and is no part of it
+        # in a tuple: it holds this model, and is no part of it
+        self.peft = (get_peft_model(self, lora),)
 
     def update_router_bias(self)->None:
         "The router belongs to the base, and the base stands still."
@@ -61,7 +71,8 @@ class AdaptedLM(BantamForCausalLM):
 @torch.no_grad()
 def merged_tensors(self:AdaptedLM)->dict: # {name: tensor}, as in the plain model
     "The weights with the adapters in them."
-    mine = {n: t for n,t in self.state_dict().items() if ".lora_" not in n and "trainable_tokens" not in n}
+    mine = {n: t for n,t in self.state_dict().items() if ".lora_" not in n
+            and "trainable_tokens" not in n}
     plain = {n.replace(".token_adapter", "").replace(".base_layer", ""): t for n,t in mine.items()}
     found = {f"{n}.weight": adapter_weights(m) for n,m in self.named_modules()}
     return plain | {n: w for n,w in found.items() if w is not None}
@@ -70,7 +81,8 @@ def merged_tensors(self:AdaptedLM)->dict: # {name: tensor}, as in the plain mode
 def merged(self:AdaptedLM)->BantamForCausalLM:
     "A plain model that computes the same."
     with torch.device("meta"): plain = BantamForCausalLM(self.config)
-    return fill(plain, self.merged_tensors(), "the merged weights").to(next(self.parameters()).device)
+    return fill(plain, self.merged_tensors(),
+                "the merged weights").to(next(self.parameters()).device)
 
 # %% ../../nbs/6_tune/61_lora.ipynb #dcb1cbf8
 def adapt(model:BantamForCausalLM, # The base; taken over
@@ -79,10 +91,13 @@ def adapt(model:BantamForCausalLM, # The base; taken over
          )->AdaptedLM:
     "Freeze a model and give it adapters. Source: Hu et al., LoRA, 2021."
     from peft import LoraConfig
-    if isinstance(model, AdaptedLM): raise BantamError("this model has adapters already; merge them first")
+    if isinstance(model, AdaptedLM):
+        raise BantamError("this model has adapters already; merge them first")
     rows = dict(embed_tokens=sorted(map(int, tokens))) if len(tokens) else None
-    return AdaptedLM(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
-                                       target_modules=lora_targets(model, args.lora_target_modules), trainable_token_indices=rows))
+    return AdaptedLM(model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha,
+                                       lora_dropout=args.lora_dropout, bias="none",
+                                       target_modules=lora_targets(model, args.lora_target_modules),
+                                       trainable_token_indices=rows))
 
 @patch
 def share(self:AdaptedLM)->str: # One line
@@ -91,7 +106,9 @@ def share(self:AdaptedLM)->str: # One line
     whole = sum(t.numel() for t in self.merged_tensors().values())
     lora = self.peft[0].peft_config["default"]
     rows = len((lora.trainable_token_indices or {}).get("embed_tokens", ()))
-    return f"LoRA of rank {lora.r} on {', '.join(sorted(lora.target_modules))}" + f" and {rows} rows of the word table"*bool(rows) + f": {trained:,} numbers are trained, {trained/whole:.1%} of the model's"
+    return (f"LoRA of rank {lora.r} on {', '.join(sorted(lora.target_modules))}"
+            + f" and {rows} rows of the word table"*bool(rows)
+            + f": {trained:,} numbers are trained, {trained/whole:.1%} of the model's")
 
 # %% ../../nbs/6_tune/61_lora.ipynb #c470f160
 @patch
@@ -100,7 +117,8 @@ def save_pretrained(self:AdaptedLM,
                    )->Path: # The folder
     "A plain, merged model, and `lora.safetensors` to go on from."
     folder = self.merged().save_pretrained(folder)
-    exact = {n: t.contiguous() for n,t in self.state_dict().items() if any(part in n for part in (".base_layer.", ".lora_", "trainable_tokens"))}
+    exact = {n: t.contiguous() for n,t in self.state_dict().items()
+             if any(part in n for part in (".base_layer.", ".lora_", "trainable_tokens"))}
     write_tensors(exact, folder/"lora.tmp")
     os.replace(folder/"lora.tmp", folder/"lora.safetensors")
     return folder
@@ -112,25 +130,32 @@ def load_weights(self:AdaptedLM,
                 )->None:
     "Fill base and adapters from a checkpoint; what does not fit is refused by name."
     exact = Path(where).parent/"lora.safetensors"
-    if not exact.is_file(): raise BantamError(f"{where}: there is no lora.safetensors beside it; was this model trained with sft_mode: full?")
+    if not exact.is_file():
+        raise BantamError(f"{where}: there is no lora.safetensors beside it; "
+                          "was this model trained with sft_mode: full?")
     have,mine = tensors | read_tensors(exact),self.state_dict(keep_vars=True)
     for n,p in mine.items():
-        if n not in have or have[n].shape != p.shape: raise BantamError(f"{exact}: tensor '{n}' is missing or of another shape; are lora_r and the targets those of the run?")
+        if n not in have or have[n].shape != p.shape:
+            raise BantamError(f"{exact}: tensor '{n}' is missing or of another shape; "
+                              "are lora_r and the targets those of the run?")
     with torch.no_grad():
         for n,p in mine.items(): p.copy_(have[n])
 
 @patch
 def save_adapter(self:AdaptedLM,
                  folder, # Where to; made or replaced whole
-                 base:str|None=None # Where the base model is; written down for whoever opens the adapter
+                 # Where the base model is; written down for whoever opens the adapter
+                 base:str|None=None
                 )->Path: # The folder
     "The adapter alone, as `peft` writes it: `adapter_config.json` and `adapter_model.safetensors`."
     from peft.utils import get_peft_model_state_dict
     tensors = get_peft_model_state_dict(self.peft[0], save_embedding_layers=False)
-    config = self.peft[0].peft_config["default"].to_dict() | dict(base_model_name_or_path=base, inference_mode=True)
+    config = self.peft[0].peft_config["default"].to_dict() | dict(
+        base_model_name_or_path=base, inference_mode=True)
     config["target_modules"] = sorted(config["target_modules"])
     with new_folder(Path(folder)) as tmp:
-        save_file({n: t.detach().cpu().contiguous() for n,t in tensors.items()}, tmp/"adapter_model.safetensors", metadata=dict(format="pt"))
+        save_file({n: t.detach().cpu().contiguous() for n,t in tensors.items()},
+                  tmp/"adapter_model.safetensors", metadata=dict(format="pt"))
         write_json(tmp/"adapter_config.json", config)
     return Path(folder)
 
@@ -148,14 +173,23 @@ def load_adapter(model:BantamForCausalLM, # The base; changed
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     folder = Path(folder)
-    values,tensors = read_json(folder/"adapter_config.json"),read_tensors(folder/"adapter_model.safetensors")
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA": raise BantamError(f"{folder}: only adapters of the type LORA can be merged here")
-    known = {k: v for k,v in values.items() if k in LoraConfig.__dataclass_fields__ and k not in ("auto_mapping", "peft_type", "task_type")}
-    try: wrapped = get_peft_model(model, LoraConfig(**known | dict(inference_mode=False, base_model_name_or_path=None)))
-    except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as e: raise BantamError(f"{folder}: this adapter is not for that model: {e}") from None
+    values,tensors = (read_json(folder/"adapter_config.json"),
+                      read_tensors(folder/"adapter_model.safetensors"))
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise BantamError(f"{folder}: only adapters of the type LORA can be merged here")
+    known = {k: v for k,v in values.items() if k in LoraConfig.__dataclass_fields__
+             and k not in ("auto_mapping", "peft_type", "task_type")}
+    try:
+        wrapped = get_peft_model(
+            model, LoraConfig(**known | dict(inference_mode=False, base_model_name_or_path=None)))
+    except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as e:
+        raise BantamError(f"{folder}: this adapter is not for that model: {e}") from None
     want = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    odd = sorted(want.keys() ^ tensors.keys()) or [n for n,t in want.items() if t.shape != tensors[n].shape]
-    if odd: raise BantamError(f"{folder}: tensor '{odd[0]}' has no place in that model, or is missing; is the base its own?")
+    odd = (sorted(want.keys() ^ tensors.keys())
+           or [n for n,t in want.items() if t.shape != tensors[n].shape])
+    if odd:
+        raise BantamError(f"{folder}: tensor '{odd[0]}' has no place in that model, or is missing; "
+                          "is the base its own?")
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped.merge_and_unload().requires_grad_(True).eval()
 
@@ -166,5 +200,7 @@ def from_adapter(folder, # Of an adapter
     said = read_json(Path(folder)/"adapter_config.json").get("base_model_name_or_path")
     places = [base] if base else [said, Path(folder)/said] if said else []
     found = next((p for p in places if (Path(p)/"config.json").is_file()), None)
-    if found is None: raise BantamError(f"{folder} is an adapter, and its base ({base or said or 'not named'}) is not there; name the base model's folder")
+    if found is None:
+        raise BantamError(f"{folder} is an adapter, and its base ({base or said or 'not named'}) "
+                          "is not there; name the base model's folder")
     return load_adapter(BantamForCausalLM.from_pretrained(found), folder)

@@ -40,7 +40,8 @@ class Account:
         self.first.setdefault(what, where)
 
     def __repr__(self)->str:
-        return "\n".join(f"{n:7} {what}" + (f", first {self.first[what]}" if what != "whole" else "") for what,n in self.counts.items())
+        return "\n".join(f"{n:7} {what}" + (f", first {self.first[what]}" if what != "whole"
+                                            else "") for what,n in self.counts.items())
 
 def sft_samples(records, # `Record`s of room 21, or dicts of fields
                 tokenizer:BantamTokenizer, # Makes the ids
@@ -51,12 +52,17 @@ def sft_samples(records, # `Record`s of room 21, or dicts of fields
     template,samples,account = ChatTemplate.load(args.template),[],Account()
     for n,record in enumerate(records):
         where = f"record {n}" if isinstance(record, dict) else record.where
-        if not isinstance(record, dict) and record.text is not None and not fitting(record.data or {}):
+        if (not isinstance(record, dict) and record.text is not None
+            and not fitting(record.data or {})):
             account.note("left out: running text, no dialogue", where)
             continue
-        try: sample,what = encode_dialogue(read_dialogue(record, args.schema, where), tokenizer, template, args, seq_len)
-        except BantamError as e: raise BantamError(str(e) if where in str(e) else f"{where}: {e}") from None
-        account.note(("whole" if not what else f"shortened: {what}") if sample else f"left out: {what}", where)
+        try:
+            sample,what = encode_dialogue(read_dialogue(record, args.schema, where), tokenizer,
+                                          template, args, seq_len)
+        except BantamError as e:
+            raise BantamError(str(e) if where in str(e) else f"{where}: {e}") from None
+        account.note(("whole" if not what else f"shortened: {what}") if sample
+                     else f"left out: {what}", where)
         if sample: samples.append(sample)
     return samples,account
 
@@ -68,7 +74,9 @@ def sft_dataset(records, # `Record`s, or dicts of fields
                )->RowDataset: # With `.account`, what became of the records
     "Rows of whole dialogues."
     samples,account = sft_samples(records, tokenizer, args, seq_len)
-    if not samples: raise BantamError(f"no dialogue is left to train on:\n{account!r}\nraise seq_len, or check the data set")
+    if not samples:
+        raise BantamError(f"no dialogue is left to train on:\n{account!r}\nraise seq_len, "
+                          "or check the data set")
     dataset = RowDataset(samples, seq_len, tokenizer.pad_id, args.packing)
     dataset.account = account
     return dataset
@@ -81,7 +89,9 @@ def sft_loader(records, # `Record`s, or dicts of fields
               )->Loader:
     "Batches of dialogues."
     dataset = sft_dataset(records, tokenizer, args, seq_len)
-    if shuffle: return Loader(dataset, args.batch_size, args.seed, subset=args.overfit_subset, **args.loading())
+    if shuffle:
+        return Loader(dataset, args.batch_size, args.seed, subset=args.overfit_subset,
+                      **args.loading())
     return Loader(dataset, min(args.batch_size, len(dataset)), shuffle=False, **args.loading())
 
 # %% ../../nbs/6_tune/62_sft.ipynb #3c0d41a8
@@ -105,7 +115,8 @@ def first_mask(loader:Loader, # Of training dialogues
 def rows_of(template:ChatTemplate, # Writes the dialogues
             tokenizer:BantamTokenizer # Knows the ids
            )->list[int]:
-    "Ids of the control tokens that can stand in a dialogue: the template's own, those of thoughts and calls, and EOS."
+    """Ids of the control tokens that can stand in a dialogue: the template's own, those of thoughts
+    and calls, and EOS."""
     spans = ["THINK"] + ["TOOL_CALL"]*("tool" in template.turns)
     names = template.tokens + [f"<|{n}_{side}|>" for n in spans for side in ("START", "END")]
     return sorted({i for i in map(tokenizer.id_of, names) if i is not None} | {tokenizer.eos_id})
@@ -130,24 +141,35 @@ def base_of(args:SFTArgs # Of a new run, or of one that goes on
 # %% ../../nbs/6_tune/62_sft.ipynb #01929bf7
 def sft(args:SFTArgs, # Everything the run is told
         callbacks=(), # Handed to the trainer
-        command:str|None=None, # The words that go on with this run; said at its start and when it is asked to stop
-        records=None # A function: args and `train` or `valid` -> records; None reads the data set as it is
+        command:str|None=None, # The words that go on with this run; said at its start and at a stop
+        # A function: args and `train` or `valid` -> records; None reads the data set as it is
+        records=None
        )->dict: # What `Trainer.train` returns; with adapters also `adapter`, a folder
     "Fine-tune a model on dialogues, or go on with such a run."
     if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
-    if not (args.finetune_from or args.resume_from_checkpoint): raise BantamError("finetune_from is not set; name the model to fine-tune")
+    if not (args.finetune_from or args.resume_from_checkpoint):
+        raise BantamError("finetune_from is not set; name the model to fine-tune")
     ranks = Ranks.current(args.device, args.parallel)
-    if ranks.sharded and args.sft_mode == "lora": raise ranks.said(BantamError("parallel fsdp cuts weights that adapters leave as they are; use parallel: ddp, or sft_mode: full"))
-    if args.stage and records is None: raise BantamError("stage is set, and this function knows no stages; call `tune` of room 63 instead")
-    if args.resume_from_checkpoint: check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
-    tokenizer,template,read = load_tokenizer(args),ChatTemplate.load(args.template),records or records_of
-    if args.resume_from_checkpoint and tokenizer.chat_template != template.jinja(): raise BantamError(f"template {args.template} is not what it was when this run began; put it back")
+    if ranks.sharded and args.sft_mode == "lora":
+        raise ranks.said(BantamError("parallel fsdp cuts weights that adapters leave as they are; "
+                                     "use parallel: ddp, or sft_mode: full"))
+    if args.stage and records is None:
+        raise BantamError("stage is set, and this function knows no stages; "
+                          "call `tune` of room 63 instead")
+    if args.resume_from_checkpoint:
+        check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
+    tokenizer,template,read = (load_tokenizer(args),ChatTemplate.load(args.template),
+                               records or records_of)
+    if args.resume_from_checkpoint and tokenizer.chat_template != template.jinja():
+        raise BantamError(f"template {args.template} is not what it was when this run began; "
+                          "put it back")
     tokenizer.chat_template = template.jinja()
     model,base = tuned_model(args, template, tokenizer),base_of(args)
     seq_len = args.seq_len or model.config.max_position_embeddings
     with ranks.first():
         train = sft_loader(read(args, "train"), tokenizer, args, seq_len)
-        valid = sft_loader(read(args, "valid"), tokenizer, args, seq_len, shuffle=False) if args.eval_every_n else None
+        valid = sft_loader(read(args, "valid"), tokenizer, args, seq_len,
+                           shuffle=False) if args.eval_every_n else None
     if ranks.main:
         print(show_start(train, tokenizer, colour=sys.stdout.isatty()))
         if isinstance(model, AdaptedLM): print(model.share())
@@ -159,5 +181,7 @@ def sft(args:SFTArgs, # Everything the run is told
         write_json(Path(args.out_dir)/"base.json", dict(finetune_from=base))
     ranks.alone(begin)
     result = trainer.train()
-    if isinstance(model, AdaptedLM): result["adapter"] = ranks.alone(lambda: str(tokenizer.save(model.save_adapter(Path(args.out_dir)/"adapter", base))))
+    if isinstance(model, AdaptedLM):
+        result["adapter"] = ranks.alone(
+            lambda: str(tokenizer.save(model.save_adapter(Path(args.out_dir)/"adapter", base))))
     return result

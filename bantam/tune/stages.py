@@ -27,7 +27,9 @@ def spoken(fields:dict # A record
           )->list|None: # Checked messages, calls and thoughts found; None has no turns
     "The dialogue of a record, whatever its schema."
     if not fitting(fields): return None
-    return check_messages([found_inside(as_message({k: v for k,v in t.items() if k != "weight"} if isinstance(t, dict) else t)) for t in turns_of(fields)])
+    return check_messages(
+        [found_inside(as_message({k: v for k,v in t.items() if k != "weight"} if isinstance(t, dict)
+                                 else t)) for t in turns_of(fields)])
 
 def has(messages:list, # Checked
         field:str # `tool_calls` or `thinking`
@@ -39,7 +41,9 @@ def instruct_messages(fields:dict # A record
                      )->list|None: # Messages; None is of another stage
     "A dialogue without tools and without thoughts."
     messages = spoken(fields)
-    if not messages or has(messages, "tool_calls") or has(messages, "thinking") or any(m["role"] == "tool" for m in messages): return None
+    if (not messages or has(messages, "tool_calls") or has(messages, "thinking")
+        or any(m["role"] == "tool" for m in messages)):
+        return None
     return messages
 
 # %% ../../nbs/6_tune/63_stages.ipynb #687226d5
@@ -56,13 +60,16 @@ def found_inside(m # A message in this library's names
                 ): # The same, with thoughts and calls in their own fields
     "Find thoughts and calls in what an assistant says, and answers in what a tool says."
     if not isinstance(m, dict) or not isinstance(m.get("content"), str): return m
-    if m.get("role") == "tool" and "id" not in m: return dict(role="tool") | (answer_inside(m["content"]) or m)
+    if m.get("role") == "tool" and "id" not in m:
+        return dict(role="tool") | (answer_inside(m["content"]) or m)
     if m.get("role") not in ("assistant", "agent") or m.get("tool_calls"): return m
     m,text = dict(m),m["content"]
     if "thinking" not in m and (t := THOUGHT.match(text)): m["thinking"],text = t[1],text[t.end():]
     calls = [parsed(c) for c in MARKED.findall(text)]
     if calls: text = MARKED.sub("", text)
-    elif text.lstrip().startswith("{") and {"name", "arguments"} <= (whole := parsed(text, {})).keys(): calls,text = [whole],""
+    elif text.lstrip().startswith("{") and {"name",
+                                            "arguments"} <= (whole := parsed(text, {})).keys():
+        calls,text = [whole],""
     if calls: m["tool_calls"] = [numbered(c, i+1) for i,c in enumerate(calls)]
     return m | dict(content=text)
 
@@ -73,7 +80,9 @@ def parsed(text:str, # Perhaps JSON
     try: value = json.loads(text)
     except (ValueError, RecursionError): value = None
     if isinstance(value, dict): return value
-    if otherwise is None: raise BantamError(f"what stands between <tool_call> and </tool_call> is not an object of JSON: {text!r:.60}")
+    if otherwise is None:
+        raise BantamError("what stands between <tool_call> and </tool_call> is not an object of "
+                          f"JSON: {text!r:.60}")
     return otherwise
 
 def answer_inside(text:str # What a tool says
@@ -89,32 +98,41 @@ def check_pairs(messages:list # Checked messages
     waiting = set()
     for n,m in enumerate(messages):
         if m["role"] == "tool" and "id" in m:
-            if m["id"] not in waiting: raise BantamError(f"message {n} (tool) answers call {m['id']!r}, and no such call waits for an answer")
+            if m["id"] not in waiting:
+                raise BantamError(f"message {n} (tool) answers call {m['id']!r}, "
+                                  "and no such call waits for an answer")
             waiting.discard(m["id"])
         ids = [c["id"] for c in m.get("tool_calls", [])]
-        if len(ids) != len({*ids}) or waiting & {*ids}: raise BantamError(f"message {n}: two calls have the same id")
+        if len(ids) != len({*ids}) or waiting & {*ids}:
+            raise BantamError(f"message {n}: two calls have the same id")
         waiting |= {*ids}
 
-def tools_text(tools, # Descriptions: objects, perhaps wrapped as in OpenAI's format, or JSON of a list of them
+def tools_text(tools, # Descriptions: objects, plain or as in OpenAI's format, or JSON of them
               )->str: # A line for each
     "The tools as a model reads them."
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools): raise BantamError("tools must be a list of objects")
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise BantamError("tools must be a list of objects")
     return "Tools:\n" + "\n".join(as_json(t.get("function", t), "a tool") for t in tools)
 
 def tools_messages(fields:dict # A record
                   )->list|None: # Messages; None is of another stage
     "A dialogue with at least one call, its tools in the system turn."
     if {"query", "answers"} <= fields.keys():
-        calls = json.loads(fields["answers"]) if isinstance(fields["answers"], str) else fields["answers"]
+        calls = json.loads(fields["answers"]) if isinstance(fields["answers"],
+                                                            str) else fields["answers"]
         if not isinstance(calls, list): raise BantamError("answers must be a list of calls")
-        messages = check_messages([dict(role="user", content=fields["query"]), dict(role="assistant", tool_calls=[numbered(c, i+1) for i,c in enumerate(calls)], content="")])
+        messages = check_messages([dict(role="user", content=fields["query"]),
+                                   dict(role="assistant",
+                                        tool_calls=[numbered(c, i+1) for i,c in enumerate(calls)],
+                                        content="")])
     else: messages = spoken(fields)
     if not messages or not has(messages, "tool_calls"): return None
     check_pairs(messages)
     if not fields.get("tools"): return messages
     first = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-    return [dict(role="system", content=first + tools_text(fields["tools"])), *messages[bool(first or messages[0]["role"] == "system"):]]
+    return [dict(role="system", content=first + tools_text(fields["tools"])),
+            *messages[bool(first or messages[0]["role"] == "system"):]]
 
 # %% ../../nbs/6_tune/63_stages.ipynb #423a176f
 def reasoning_messages(fields:dict # A record
@@ -122,9 +140,11 @@ def reasoning_messages(fields:dict # A record
     "A dialogue in which the assistant thinks before it answers."
     if {"question", "answer"} <= fields.keys() and not fitting(fields):
         thought,mark,result = str(fields["answer"]).rpartition("####")
-        if not mark or not thought.strip() or not result.strip(): raise BantamError("answer must be a solution, '####', and the result")
+        if not mark or not thought.strip() or not result.strip():
+            raise BantamError("answer must be a solution, '####', and the result")
         thought = re.sub(r"<<.*?>>", "", thought).strip()
-        return check_messages([dict(role="user", content=fields["question"]), dict(role="assistant", thinking=thought, content=result.strip())])
+        return check_messages([dict(role="user", content=fields["question"]),
+                               dict(role="assistant", thinking=thought, content=result.strip())])
     messages = spoken(fields)
     return messages if messages and has(messages, "thinking") else None
 
@@ -151,26 +171,32 @@ def with_thoughts(messages:list # Sums of the small world
     out = list(messages)
     for n,m in enumerate(messages[1:], 1):
         numbers = [int(t) for t in re.findall(r"\d+", messages[n-1]["content"])]
-        if m["role"] == "assistant" and len(numbers) == 2 and m["content"] == f"{sum(numbers)}.": out[n] = m | dict(thinking=column_sum(*numbers))
+        if m["role"] == "assistant" and len(numbers) == 2 and m["content"] == f"{sum(numbers)}.":
+            out[n] = m | dict(thinking=column_sum(*numbers))
     return out
 
 def offline_stage(stage:str, # A key of `LIMITS`
                   n:int, # How many
                   split:str="train", # `train` or `valid`
                   seed:int=0, # Another seed, other dialogues
-                  system:str|None=None # Stands before every dialogue, such as the description of tools
+                  # Stands before every dialogue, such as the description of tools
+                  system:str|None=None
                  )->list: # Records
     "Dialogues of the small world for a stage."
     plain = tuple(k for k in KINDS if k != "calculator")
-    kinds = dict(instruct=plain, tools=("calculator",)*3*len(plain) + plain, reasoning=("sums",))[stage]
+    kinds = dict(instruct=plain, tools=("calculator",)*3*len(plain) + plain,
+                 reasoning=("sums",))[stage]
     some = [d["messages"] for d in dialogues(n, seed, split, kinds)]
     if stage == "reasoning": some = [with_thoughts(m) for m in some]
-    if system: some = [[dict(role="system", content=system), *(m for m in ms if m["role"] != "system")] for ms in some]
+    if system:
+        some = [[dict(role="system", content=system), *(m for m in ms if m["role"] != "system")]
+                for ms in some]
     made = [check_messages([found_inside(m) for m in ms]) for ms in some]
     return [Record(None, ms, f"offline {stage} {i}", dict(messages=ms)) for i,ms in enumerate(made)]
 
 # %% ../../nbs/6_tune/63_stages.ipynb #14ace446
-TEXT_FIELD = dict(instruct="text", tools="query", reasoning="question") # Which field shows that a file has records of this kind
+# Which field shows that a file has records of this kind
+TEXT_FIELD = dict(instruct="text", tools="query", reasoning="question")
 
 def build_stage(records, # `Record`s of any source
                 stage:str, # A key of `LIMITS`
@@ -182,7 +208,8 @@ def build_stage(records, # `Record`s of any source
         if len(out) == limit:
             account.note(f"limit of {limit:,} reached, reading stopped", r.where)
             break
-        fields = r.data or {k: v for k,v in dict(text=r.text, messages=r.messages).items() if v is not None}
+        fields = r.data or {k: v for k,v in dict(text=r.text,
+                                                 messages=r.messages).items() if v is not None}
         try: messages = BUILDERS[stage](fields)
         except (BantamError, ValueError) as e:
             account.note(f"left out: {re.sub(r'[0-9]+|message . [(]', '.', str(e))[:60]}", r.where)
@@ -198,10 +225,16 @@ def stage_records(args:SFTArgs, # `stage`, `stage_limit`, and the data set
                  )->list[Record]:
     "One side of a stage's data, with its account printed."
     limit = args.stage_limit or LIMITS[args.stage]
-    if args.dataset in (None, "offline") and not args.use_hf: found = offline_stage(args.stage, min(limit, OFFLINE[split]), split, args.seed)
-    else: found,account = build_stage(records_of(args.replace(dataset_text_field=TEXT_FIELD[args.stage]), split), args.stage, limit)
-    if args.dataset not in (None, "offline") or args.use_hf: print(f"stage {args.stage}, {split}:\n{account}")
-    if not found: raise BantamError(f"no dialogue of stage {args.stage} is left; check the data set, or choose another stage")
+    if args.dataset in (None, "offline") and not args.use_hf:
+        found = offline_stage(args.stage, min(limit, OFFLINE[split]), split, args.seed)
+    else:
+        found,account = build_stage(records_of(
+            args.replace(dataset_text_field=TEXT_FIELD[args.stage]), split), args.stage, limit)
+    if args.dataset not in (None, "offline") or args.use_hf:
+        print(f"stage {args.stage}, {split}:\n{account}")
+    if not found:
+        raise BantamError(f"no dialogue of stage {args.stage} is left; check the data set, "
+                          "or choose another stage")
     return found
 
 def tune(args:SFTArgs, # Everything the run is told

@@ -86,8 +86,8 @@ def data_prepare(config:Path|None=None, # Data file: data_args, sources, clean, 
     if print_config: return show_yaml(plan.settings | dict(out_dir=folder))
     score = BitsPerByte(plan.base/plan.args.score_model) if plan.args.score_model else None
     made = prepare(plan, folder, score, progress=sys.stderr.isatty())
-    for side,m in [("train", made)] + [("valid", read_manifest(folder/"valid"))]*(
-        plan.args.valid_fraction > 0):
+    held = [("valid", read_manifest(folder/"valid"))] if plan.args.valid_fraction > 0 else []
+    for side,m in [("train", made), *held]:
         tokens,documents = (sum(s[k] for s in m["shards"]) for k in ("tokens", "documents"))
         print(f"{side}: {tokens:,} tokens in {documents:,} documents, "
               f"{len(m['shards'])} shards\n{kept_table(m['kept'], m['mixture'])}")

@@ -88,8 +88,8 @@ def answerer(model:Path, # A model folder, a checkpoint, or a run folder
     folder,helper = weights_folder(model),weights_folder(draft) if draft else None
     def ready(folder):
         lm = BantamForCausalLM.from_pretrained(folder).to(pick_device(device))
-        return lm if lm.quantization and precision is None else in_precision(
-            lm, precision or "fp32")
+        if lm.quantization and precision is None: return lm
+        return in_precision(lm, precision or "fp32")
     args,lm,tok = GenerationArgs.load(folder),ready(folder),BantamTokenizer.load(folder)
     guess = Draft(ready(helper), BantamTokenizer.load(helper), tok) if draft else None
     if schema or grammar: asked = dict(repetition_penalty=1., no_repeat_ngram_size=0) | asked
@@ -179,8 +179,8 @@ def held_out(text:Path|None, # A file or folder of text, or None
     from bantam.data.offline import documents
     from bantam.data.records import texts_of
     if limit < 1: raise BantamError(f"--limit must be at least 1, got {limit}")
-    found = texts_of(read_records(text)) if text else (
-        d["text"] for d in documents(10*limit, split="valid") if "text" in d)
+    told = (d["text"] for d in documents(10*limit, split="valid") if "text" in d)
+    found = texts_of(read_records(text)) if text else told
     return list(islice(found, limit))
 
 @verb

@@ -61,8 +61,8 @@ def training_file(kind:str="pretrain" # `pretrain` or `sft`
     top = "\n".join(line for line in key_lines(TrainingArgs, base,
                                                skip=("seed",)) if not line.startswith("  #"))
     known = {f.name for f in dataclasses.fields(TrainingArgs)} - SFT.keys()
-    return head + top + "\nsft_args:  # laid over training_args\n" + "\n".join(
-        key_lines(SFTArgs, SFT, skip=known)) + "\n"
+    tuned = "\n".join(key_lines(SFTArgs, SFT, skip=known))
+    return f"{head}{top}\nsft_args:  # laid over training_args\n{tuned}\n"
 
 # %% ../nbs/97_define.ipynb #9785a3ee
 def define(out="configs", # Folder that gets `models/` and `training/`

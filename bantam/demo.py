@@ -120,8 +120,8 @@ def report_card(model:BantamForCausalLM, # The chat model
                 peak_share=round(first["mfu"], 4),
                 bits_per_byte={k: round(b, 4) for k,b in bits.items()}, **card,
                 **{k: known[k] for k in ("precision", "steps", "sft_steps")},
-                parameters=model.num_parameters(), wait_policy=os.environ.get(
-                    "OMP_WAIT_POLICY", "default"), interrupted=known["starts"] > 1)
+                parameters=model.num_parameters(), interrupted=known["starts"] > 1,
+                wait_policy=os.environ.get("OMP_WAIT_POLICY", "default"))
 
 # %% ../nbs/98_demo.ipynb #6e3c2ece
 def demo(out="runs/demo", # Everything that is made
@@ -132,8 +132,8 @@ def demo(out="runs/demo", # Everything that is made
     "From text to a chat, in stages; an interrupted demo goes on where it was."
     began,out,asked = time.monotonic(),Path(out),asked or resolve()
     tune_allocator()
-    say(f"bantam demo in {out}" + (
-        f"; if it is broken off, go on with: {command}" if command else ""))
+    say(f"bantam demo in {out}"
+        + (f"; if it is broken off, go on with: {command}" if command else ""))
     for home in (out, out/"data", out/"base", out/"sft"): sweep(home)
     known = remember(out, asked)
     if (out/"summary.json").exists(): return closing(out, say)

@@ -26,8 +26,8 @@ def explain(e:ValidationError, # What pydantic found
     "All mistakes of one build, each with its field."
     fields = [f.name for f in dataclasses.fields(cls)]
     def one(err):
-        key = ".".join(str(p) for p in err["loc"] if not (isinstance(
-            p, str) and re.fullmatch(r"[a-z]+\[.*|str|int|float|bool|constrained-.*", p)))
+        kind = re.compile(r"[a-z]+\[.*|str|int|float|bool|constrained-.*") # pydantic's, not ours
+        key = ".".join(str(p) for p in err["loc"] if not (isinstance(p, str) and kind.fullmatch(p)))
         if err["type"] == "unexpected_keyword_argument":
             return f"unknown key '{key}'{nearest(key, fields)}"
         return f"{key} = {err['input']!r}: {err['msg'][0].lower() + err['msg'][1:]}"

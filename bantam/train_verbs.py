@@ -112,8 +112,8 @@ def run_of(config:Path|None, # Training file
         from bantam.config import BantamConfig
         from bantam.train.checkpoint import weights_folder
         return args,BantamConfig(**read_json(weights_folder(args.finetune_from)/"config.json")),tok
-    return args,shape_of(mconf, preset, model_set)(
-        **dict(vocab_size=tok.vocab_size) if tok else {}),tok
+    shape = shape_of(mconf, preset, model_set)
+    return args,shape(vocab_size=tok.vocab_size) if tok else shape(),tok
 
 @verb
 def plan(config:Path|None=None, # Training file (training_args)

@@ -164,13 +164,14 @@ def rows(self:Served,
                       "model", "model_not_found")
     tok,context,stop = (self.tokenizer,self.model.config.max_position_embeddings,
                         [ask.stop] if isinstance(ask.stop, str) else ask.stop or [])
-    rows,answers,prompts = [],[],[ask.messages] if isinstance(
-        ask, ChatRequest) else [ask.prompt] if isinstance(ask.prompt, str) else ask.prompt
+    prompts = ([ask.messages] if isinstance(ask, ChatRequest)
+               else [ask.prompt] if isinstance(ask.prompt, str) else ask.prompt)
+    rows,answers = [],[]
     for p in prompts:
         if isinstance(ask, ChatRequest):
             tools,ends = bool(offered(ask)),self.template.stop_ids(tok)
-            ids,held = self.template.encode(
-                conversation(ask), tok, add_generation_prompt=True).ids,lambda: self.form(ask, ends)
+            ids = self.template.encode(conversation(ask), tok, add_generation_prompt=True).ids
+            held = lambda: self.form(ask, ends)
             plain,make = (tools or (ask.response_format and ask.response_format.type != "text"),
                           lambda: ChatAnswer(tok, ends, stop, tools))
         else:
@@ -180,8 +181,8 @@ def rows(self:Served,
         how = self.args(ask, context - len(ids), plain)
         for i in range(ask.n or 1):
             answers.append(make())
-            rows.append(
-                Row(ids, how, answers[-1], None if ask.seed is None else ask.seed + i, held()))
+            seed = None if ask.seed is None else ask.seed + i
+            rows.append(Row(ids, how, answers[-1], seed, held()))
     return rows,answers,sum(len(r.ids) for r in rows[::ask.n or 1])
 
 # %% ../../nbs/7_chat/74c_answers.ipynb #9b3939b0
@@ -267,8 +268,8 @@ def whole(self:Reply)->dict:
         answer.close()
         new = answer.drain()
         if self.chat:
-            what = dict(role="assistant", content=new.pop(
-                "content", None if "tool_calls" in new else ""), refusal=None, **new)
+            text = new.pop("content", None if "tool_calls" in new else "")
+            what = dict(role="assistant", content=text, refusal=None, **new)
             choices.append(dict(index=i, message=what, logprobs=None, finish_reason=self.reason(i)))
         else:
             choices.append(dict(index=i, text=new.get("content", ""), logprobs=None,

@@ -239,8 +239,8 @@ def read(self:Batch)->None:
         if most > self.past: self.shift(self.past - most)
         self.cache.sit(len(self.rows), cache, self.past)
         self.table[len(self.rows)] = -1
-        self.table[len(self.rows), self.past-most:self.past+1] = torch.tensor(
-            row.ids, device=self.table.device)
+        ids = torch.tensor(row.ids, device=self.table.device)
+        self.table[len(self.rows), self.past-most:self.past+1] = ids
         self.rows.append(row)
 
 # %% ../../nbs/7_chat/74_batcher.ipynb #4ebd98cc

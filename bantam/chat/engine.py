@@ -86,8 +86,8 @@ class Engine:
         if wait_seconds <= 0 or run_seconds <= 0 or pace < 0:
             raise BantamError(f"times must be above 0 seconds, got {wait_seconds}, "
                               f"{run_seconds} and a pace of {pace}")
-        self.batch,self.limit,self.wait_seconds,self.run_seconds,self.pace = Batch(
-            model, seats, chunk),queue,wait_seconds,run_seconds,pace
+        self.batch,self.limit = Batch(model, seats, chunk),queue
+        self.wait_seconds,self.run_seconds,self.pace = wait_seconds,run_seconds,pace
         # row -> its job
         self.lock,self.waiting,self.jobs,self.closing = threading.Condition(),deque(),{},False
         self.counts = Counter(served=0, refused=0, cancelled=0, failed=0) # jobs

@@ -118,8 +118,8 @@ async def read_body(request:Request, # Its body has not been read
                    )->bytes:
     "The body, if it is JSON and short enough."
     kind,_,more = request.headers.get("content-type", "").lower().partition(";")
-    if kind.strip() != "application/json" or more.strip().replace(
-        '"', "") not in ("", "charset=utf-8"):
+    more = more.strip().replace('"', "")
+    if kind.strip() != "application/json" or more not in ("", "charset=utf-8"):
         raise Refused("the content-type must be application/json", 415)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refused("compressed bodies are not read", 415)

@@ -98,8 +98,8 @@ def _settings(self:ChatCell):
 def how(self:ChatCell)->dict: # Fields of `GenerationArgs`
     "The settings that differ from the chat's own."
     names = "temperature","top_p","max_new_tokens"
-    return {k: v for k in names if (v := getattr(self, k).value) != getattr(
-        self.chat.generation, k)}
+    return {k: v for k in names
+            if (v := getattr(self, k).value) != getattr(self.chat.generation, k)}
 
 # %% ../../nbs/7_chat/73_widget.ipynb #a5fd17b1
 @patch

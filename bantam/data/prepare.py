@@ -96,8 +96,9 @@ def save_signatures(path:Path, # Where to
 def load_signatures(path:Path # From `save_signatures`
                    )->list: # The same pairs
     "Read signatures back."
-    return [(int(r["key"]), Signature(
-        r["exact"].tobytes(), r["mins"].copy() if r["words"] else None)) for r in np.load(path)]
+    def signature(r):
+        return Signature(r["exact"].tobytes(), r["mins"].copy() if r["words"] else None)
+    return [(int(r["key"]), signature(r)) for r in np.load(path)]
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #d77147cc
 class Side:
@@ -111,8 +112,8 @@ class Side:
         self.plan,self.journal,self.name,self.dedup = plan,journal,name,dedup
         self.done,self.folder = journal.state[name],journal.folder/("" if name == "train" else name)
         self.folder.mkdir(exist_ok=True)
-        self.counts,self.records,self.writer,self.fresh,self.hash = copy.deepcopy(
-            self.done["counts"]),self.done["records"],None,[],blake2b(digest_size=16)
+        self.counts,self.records = copy.deepcopy(self.done["counts"]),self.done["records"]
+        self.writer,self.fresh,self.hash = None,[],blake2b(digest_size=16)
         for k in range(self.done["signatures"] if dedup else 0):
             for key,sign in load_signatures(journal.seen(name, k)): dedup.seen(key, sign)
 
@@ -290,8 +291,8 @@ def finish(plan:DataPlan, # What was made
             version=1, dtype=token_dtype(plan.tokenizer.vocab_size).name,
             tokenizer_fingerprint=plan.tokenizer.fingerprint, shards=side["shards"],
             sources=sources, dropped=dropped, settings=plan.settings, kept=side["counts"],
-            mixture=side["mixture"]) | (
-                dict(raw=journal.state["raw"]) if plan.args.delete_raw else {}))
+            mixture=side["mixture"],
+            **(dict(raw=journal.state["raw"]) if plan.args.delete_raw else {})))
 
 # %% ../../nbs/2_data/24e_prepare.ipynb #ab4d5852
 def kept_table(counts:dict, # {source: read, documents, tokens, dropped}

@@ -126,8 +126,9 @@ class Workers:
     def __init__(self,
                  n:int, # How many; 0 computes in two threads of this process
                  **parts # What `Job` takes
-                ): self.n,self.parts,self.job,self.free,self.processes = n,parts,Job(
-                    **parts),queue.Queue(),[]
+                ):
+        self.n,self.parts,self.job = n,parts,Job(**parts)
+        self.free,self.processes = queue.Queue(),[]
 
     def __enter__(self):
         env = dict(os.environ, TOKENIZERS_PARALLELISM="false",

@@ -94,8 +94,8 @@ def beam_search(reader:Reader, # Feeds the model; has read nothing yet
         if not any(s.open for s in searches): break
         rows,N = [[beam.row for beam in s.live] for s in searches],B*width
         rows = [b*(len(said_NT)//B) + i for b,r in enumerate(rows) for i in (r + [0]*width)[:width]]
-        news = [i for s in searches for i in (
-            [beam.ids[-1] for beam in s.live] + [0]*width)[:width]]
+        news = [i for s in searches
+                for i in ([beam.ids[-1] for beam in s.live] + [0]*width)[:width]]
         rows_N = torch.tensor(rows, device=said_NT.device)
         reader.pick(rows_N)
         said_NT = torch.cat([said_NT[rows_N], torch.tensor(news, device=said_NT.device)[:, None]],

@@ -112,8 +112,8 @@ def block_bytes(config:BantamConfig, # The shape as a layer sees it
                )->float: # Bytes per token
     "What a block keeps for the way back."
     c,k = config,1 if config.expert_type == "dense" else config.num_experts*expert_share(config)
-    inner = c.intermediate_size if c.expert_type == "dense" else (
-        c.moe_intermediate_size or c.intermediate_size)*(k + c.moe_num_shared)
+    inner = (c.intermediate_size if c.expert_type == "dense"
+             else (c.moe_intermediate_size or c.intermediate_size)*(k + c.moe_num_shared))
     parts = (3 if c.ffn_type in ("swiglu", "geglu", "reglu", "glu", "clipped_swiglu") else 2)*inner
     # each expert's own copy of its tokens, what it gives, and the sum
     gathered = 0 if c.expert_type == "dense" else (2*k + 1)*c.hidden_size
@@ -204,8 +204,9 @@ def describe(self:BantamConfig,
         raise BantamError("describe needs a batch_size and a seq_len of at least 1, "
                           f"got {batch_size} and {T}")
     with torch.device("meta"): m = BantamForCausalLM(self)
-    cached = sum(c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla" else attention_width(
-        c)*c.num_key_value_heads//c.num_attention_heads for c in m.shapes)
+    cached = sum(c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla"
+                 else attention_width(c)*c.num_key_value_heads//c.num_attention_heads
+                 for c in m.shapes)
     memory = m.step_bytes(batch_size, T, width) | {
         "KV cache (generation)": batch_size*T*cached*width}
     L,D = self.num_hidden_layers,self.hidden_size

@@ -201,8 +201,9 @@ def turned(self:Heads,
           )->tuple: # q (B,H,T,K), k and v (B,G,S,K)
     "Positions in, cached tokens before the new ones."
     (H,G,K),late = self.shape,self.moves and cache is not None
-    table,single = angles.of(K, self.config),qkv_BTNK.shape[1] == 1 and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling())
+    table = angles.of(K, self.config)
+    single = (qkv_BTNK.shape[1] == 1
+              and not (torch.is_grad_enabled() or torch.compiler.is_compiling()))
     if table is None or late: q,k,v = (t.transpose(1, 2) for t in qkv_BTNK.split([H, G, G], 2))
     elif single and 2*table[0].shape[-1] == K:
         q,k,v = turn_one(qkv_BTNK, *angles.doubled(table), H, G)

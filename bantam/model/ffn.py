@@ -57,8 +57,8 @@ def gate_mul(gate:Tensor, # (..., F) what decides
              kind:str # One of `GATES`
             )->Tensor: # (..., F)
     "`switch(gate) * up`, with what its gradient needs only where there will be one."
-    return GateMul.apply(gate, up, kind) if torch.is_grad_enabled() else GATES[kind][0](
-        gate).mul_(up)
+    if torch.is_grad_enabled(): return GateMul.apply(gate, up, kind)
+    return GATES[kind][0](gate).mul_(up)
 
 def silu_mul(gate:Tensor, # (..., F) what decides
              up:Tensor # (..., F) what is let through

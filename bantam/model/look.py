@@ -118,8 +118,8 @@ def trace(model:BantamForCausalLM, # Stays as it is
             if name.count(".") == 1 and name.startswith("layers."):
                 before = args[0].float()
                 ratio = ((x - before).pow(2).mean().sqrt()/before.pow(2).mean().sqrt()).item()
-                note = note or f"adds {ratio:.3f} of the stream" + (
-                    "" if HEALTHY[0] <= ratio <= HEALTHY[1] else ": NOT HEALTHY")
+                verdict = "" if HEALTHY[0] <= ratio <= HEALTHY[1] else ": NOT HEALTHY"
+                note = note or f"adds {ratio:.3f} of the stream{verdict}"
             stages.append(Stage(name, tuple(x.shape), str(out.dtype).removeprefix("torch."),
                                 x.min().item(), x.mean().item(), x.max().item(), note))
         return hook

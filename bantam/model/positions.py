@@ -35,8 +35,8 @@ class LearnedPositions(Embedding):
                )->Tensor: # (T,D) or (B,T,D)
         if not torch.compiler.is_compiling() and not positions.is_meta and positions.numel():
             end = int(positions.max())
-            if end >= self.num_embeddings: raise BantamError(
-                f"position {end} has no learned vector: max_position_embeddings is "
-                f"{self.num_embeddings}; shorten the text, or choose pos_encoding rope, "
-                "which has no end")
+            if end >= self.num_embeddings:
+                raise BantamError(f"position {end} has no learned vector: max_position_embeddings "
+                                  f"is {self.num_embeddings}; shorten the text, or choose "
+                                  "pos_encoding rope, which has no end")
         return super().forward(positions)

@@ -159,8 +159,9 @@ def fixed_speeds(dim:int, # Features that turn, R
                  max_positions:int # The model's maximum
                 )->tuple[Tensor,float]: # (R/2,) radians per token; factor on queries and keys
     "`rope_inv_freq`, made once for each rule."
-    key = dim,theta,max_positions,None if scaling is None else tuple(
-        sorted((k, v if v is None else str(v)) for k,v in scaling.items()))
+    told = (None if scaling is None
+            else tuple(sorted((k, v if v is None else str(v)) for k,v in scaling.items())))
+    key = dim,theta,max_positions,told
     if key in SPEEDS and not torch.compiler.is_compiling(): return SPEEDS[key]
     with torch.inference_mode(False): made = rope_inv_freq(dim, theta, scaling, 0, max_positions)
     if type(made[0]) is Tensor and made[0].is_cpu and not torch.compiler.is_compiling():

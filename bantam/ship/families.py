@@ -129,8 +129,9 @@ def qwen3_moe_fields(hf:dict # The family's config
     "Experts in all layers but those named."
     L,step,only = (hf["num_hidden_layers"],hf.get("decoder_sparse_step", 1),
                    hf.get("mlp_only_layers") or [])
-    fields = llama_fields(hf) | dict(qk_norm=True) | experts(hf, renormalize=hf.get(
-        "norm_topk_prob", False), moe_intermediate_size=hf["moe_intermediate_size"])
+    routed = experts(hf, renormalize=hf.get("norm_topk_prob", False),
+                     moe_intermediate_size=hf["moe_intermediate_size"])
+    fields = llama_fields(hf) | dict(qk_norm=True) | routed
     dense = [i in only or (i + 1) % step != 0 for i in range(L)]
     return fields | (dict(layer_configs=[dict(expert_type="dense") if d else {} for d in dense])
                      if any(dense) else {})
@@ -152,8 +153,8 @@ def deepseek_fields(hf:dict # The family's config
                                      num_key_value_heads=hf["num_attention_heads"])
     fields |= {k: hf[k] for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
                                   "qk_rope_head_dim", "v_head_dim")}
-    groups = {} if not v3 and hf.get("topk_method", "greedy") == "greedy" else dict(
-        moe_groups=hf.get("n_group") or 1, moe_top_groups=hf.get("topk_group") or 1)
+    groups = dict(moe_groups=hf.get("n_group") or 1, moe_top_groups=hf.get("topk_group") or 1)
+    if not v3 and hf.get("topk_method", "greedy") == "greedy": groups = {}
     routed = experts(hf, "shared", renormalize=v3 and hf.get("norm_topk_prob", True),
                      moe_num_shared=hf["n_shared_experts"],
                      moe_intermediate_size=hf["moe_intermediate_size"],

@@ -86,8 +86,9 @@ def attention_tensors(ck:Checkpoint, # Where from
                      )->dict: # {our name: tensor}
     "Stacked queries, keys, values; the output; norms and sinks where they exist."
     if c.attn_type == "mla": return latent_tensors(ck, at, c)
-    stack = lambda kind: ck.take(f"{at}qkv_proj.{kind}") if ck.has(
-        f"{at}qkv_proj.{kind}") else torch.cat([ck.take(f"{at}{n}_proj.{kind}") for n in "qkv"])
+    def stack(kind):
+        if ck.has(f"{at}qkv_proj.{kind}"): return ck.take(f"{at}qkv_proj.{kind}")
+        return torch.cat([ck.take(f"{at}{n}_proj.{kind}") for n in "qkv"])
     out = {"qkv_proj.weight": stack("weight"), "o_proj.weight": ck.take(at + "o_proj.weight")}
     if c.attention_bias: # Qwen 2 has none on the output: zeros are the same
         out |= {"qkv_proj.bias": stack("bias"), "o_proj.bias": ck.take(at + "o_proj.bias")

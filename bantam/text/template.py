@@ -283,24 +283,23 @@ def _branch(self:ChatTemplate, role, t):
 def jinja(self:ChatTemplate)->str: # For `chat_template` in `tokenizer_config.json`
     "The template as a Jinja program."
     own = dataclasses.asdict(self) | dict(turns={r: t._asdict() for r,t in self.turns.items()})
-    mark = self.name if TEMPLATES.get(self.name) == self else json.dumps(
-        own).replace("#", "\\u0023")
+    mark = json.dumps(own).replace("#", "\\u0023")
+    if TEMPLATES.get(self.name) == self: mark = self.name
     rows,turns = [f"{{#- bantam template: {mark} -#}}", _show("<|BOS|>"*self.bos)],dict(self.turns)
     if self.alternate: rows.append("{% set first = 1 if messages[0]['role'] == 'system' else 0 %}")
     if self.fold:
         rows.append("{% set prefix = messages[0]['content'] + '\\n\\n' if first else '' %}")
     if self.system:
-        rows.append(
-            "{% if messages[0]['role'] != 'system' %}" + _show(
-                self.turns["system"].open + self.system + self.turns["system"].close
-                + self.turns["system"].tail) + "{% endif %}")
+        turn = self.turns["system"]
+        rows.append("{% if messages[0]['role'] != 'system' %}"
+                    + _show(turn.open + self.system + turn.close + turn.tail) + "{% endif %}")
     rows.append("{% for message in messages %}")
     if self.alternate:
         rows.append("{% if loop.index0 >= first and (message['role'] == 'user') != ((loop.index0 - "
                     "first) % 2 == 0) %}{{ raise_exception('user and assistant must take turns') "
                     "}}{% endif %}")
-    branches = {r: self._branch(r, t) for r,t in turns.items()} | (
-        dict(system="") if self.fold else {})
+    branches = {r: self._branch(r, t) for r,t in turns.items()}
+    if self.fold: branches["system"] = ""
     for k,(role,body) in enumerate(branches.items()):
         rows.append("{% " + ("elif" if k else "if")
                     + f" message['role'] in {[role] + ['agent']*(role == 'assistant')} %}}" + body)

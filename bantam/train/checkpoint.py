@@ -90,8 +90,8 @@ class Seal:
     context."""
     def __init__(self,
                  folder:Path # The folder
-                ): self.folder,self.pool,self.open,self.work = folder,ThreadPoolExecutor(
-                    4),ExitStack(),{}
+                ):
+        self.folder,self.pool,self.open,self.work = folder,ThreadPoolExecutor(4),ExitStack(),{}
     def __enter__(self): WATCHING.append(self.take); return self
     def __exit__(self, *error):
         WATCHING.remove(self.take)
@@ -105,8 +105,8 @@ class Seal:
         file = self.open.enter_context(open(path, "rb")) # open, it keeps its number
         hashed = (self.pool.submit(sha256_file, path) if tensors is None
                   else self.pool.submit(sha256_written, file, tensors))
-        self.work[trace(os.fstat(file.fileno()))] = hashed,self.pool.submit(
-            lambda: os.fsync(file.fileno()))
+        synced = self.pool.submit(lambda: os.fsync(file.fileno()))
+        self.work[trace(os.fstat(file.fileno()))] = hashed,synced
 
     def close(self,
               about:dict # What else to record
@@ -259,8 +259,8 @@ def prune(run_dir, # A run folder
          )->list[str]: # Names of those that went
     "Delete old checkpoints."
     found,good,names = checkpoints(run_dir),0,[]
-    kept = {pointed(run_dir, n) for n in (
-        "best", *(f"tags/{p.name}" for p in Path(run_dir).glob("tags/*")))}
+    tags = (f"tags/{p.name}" for p in Path(run_dir).glob("tags/*"))
+    kept = {pointed(run_dir, n) for n in ("best", *tags)}
     lost = [c for c in found if order_of(c) == float("inf")]
     found = [c for c in found if c not in lost]
     if len(found) <= max(2, keep_last_k) and not lost: return names

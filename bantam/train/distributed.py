@@ -108,8 +108,8 @@ class Ranks:
         return cls(rank, size, where, parallel)
 
     def __repr__(self)->str:
-        return f"rank {self.rank} of {self.size} on {self.device}" + (
-            f", {self.parallel}" if self.size > 1 else "")
+        return (f"rank {self.rank} of {self.size} on {self.device}"
+                + (f", {self.parallel}" if self.size > 1 else ""))
 
 # %% ../../nbs/4_train/43_distributed.ipynb #3093a40a
 def _child(f, rank, size, port, pipe):

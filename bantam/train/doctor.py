@@ -256,8 +256,8 @@ def learns_one_batch(patient:Patient, # A copy of its model is trained
     if not best < .98*losses[0]:
         return Verdict("fatal", says, "the model does not learn: look at the lines above, "
                                       "and at what is frozen")
-    return Verdict("ok", says) if best < .3*losses[0] else Verdict(
-        "warning", says, "it learns slowly: is much of it frozen?")
+    if best < .3*losses[0]: return Verdict("ok", says)
+    return Verdict("warning", says, "it learns slowly: is much of it frozen?")
 
 # %% ../../nbs/4_train/47_doctor.ipynb #a9698406
 def examine(model:nn.Module, # Will be trained; is left as it was

@@ -99,8 +99,8 @@ class Muon:
                  matched:bool=True, # Which rule `step_factor` takes
                  triples:tuple=JORDAN # Coefficients of `newton_schulz`
                 ):
-        self.params,self.momentum,self.decay,self.eps,self.matched,self.triples = list(
-            params),momentum,decay,eps,matched,triples
+        self.params,self.momentum,self.decay = list(params),momentum,decay
+        self.eps,self.matched,self.triples = eps,matched,triples
         self.batches = batches_of(self.params, splits or [parts_of(p) for p in self.params])
         self.averages = [torch.zeros_like(p) for p in self.params]
         self.counts = ([torch.zeros((), device=p.device) for p in self.params]

@@ -30,8 +30,8 @@ def outputs(modules:dict, # {name: module}
            ):
     "For the time of the block, keep what the modules give."
     first = lambda out: out[0] if isinstance(out, tuple) else out
-    hooks = [m.register_forward_hook(lambda module, args, out, name=n: into.__setitem__(
-        name, first(out).detach())) for n,m in modules.items()]
+    def keep(name): return lambda module, args, out: into.__setitem__(name, first(out).detach())
+    hooks = [m.register_forward_hook(keep(n)) for n,m in modules.items()]
     try: yield into
     finally:
         for h in hooks: h.remove()

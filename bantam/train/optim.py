@@ -142,8 +142,8 @@ def _named_state(self:Optimizer)->dict:
     m = self.muon
     kept = {id(p): dict(momentum=avg) | (dict(count=m.counts[i]) if m.counts else {})
             for i,(p,avg) in enumerate(zip(m.params, m.averages))}
-    return {f"{s.name}.{k}": v for s in self.seats for k,v in (
-        kept[id(s.param)] if s.home == "muon" else self.adamw.state[s.param]).items()}
+    of = lambda s: kept[id(s.param)] if s.home == "muon" else self.adamw.state[s.param]
+    return {f"{s.name}.{k}": v for s in self.seats for k,v in of(s).items()}
 
 @patch
 def state_dict(self:Optimizer)->tuple: # `({name: tensor}, settings)`, for safetensors and for JSON

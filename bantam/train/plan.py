@@ -41,8 +41,8 @@ def group_room(folder:str|Path="/sys/fs/cgroup" # Where the kernel tells about o
         except OSError: continue
         stat = dict(
             line.split() for line in read(str(Path(limit).parent/"memory.stat")).splitlines())
-        return math.inf if most == "max" or int(most) > 2**60 else max(
-            0, int(most) - now + int(stat.get(cache, 0)))
+        if most == "max" or int(most) > 2**60: return math.inf
+        return max(0, int(most) - now + int(stat.get(cache, 0)))
     return math.inf
 
 def free_memory(device:torch.device # Where the run will be
@@ -234,8 +234,8 @@ def plan(config:BantamConfig, # The shape of the model
     change = {} if sum(held.values()) <= room else fitting(model, args, device, room)
     speed = (measure_speed(config, args) if speed is True
              and sum(held.values()) <= room else speed or None)
-    cache = config.describe(args.batch_size, T, 4 if pick_precision(
-        device, args.precision) == "fp32" else 2).memory["KV cache (generation)"]
+    width = 4 if pick_precision(device, args.precision) == "fp32" else 2
+    cache = config.describe(args.batch_size, T, width).memory["KV cache (generation)"]
     name = (f"{config.num_hidden_layers} layers of width {config.hidden_size}, "
             f"{args.batch_size} x {T} tokens x {args.accum_steps}, "
             f"{device.type} {pick_precision(device, args.precision)}")

@@ -86,8 +86,8 @@ class Run:
         self.ranks = Ranks.current(args.device, args.parallel)
         check_run(args, model, self.ranks, callbacks)
         check_fit(model, train, tokenizer)
-        self.args,self.out_dir,self.data,self.valid,self.tokenizer = args,Path(
-            args.out_dir),train,valid,tokenizer
+        self.args,self.out_dir = args,Path(args.out_dir)
+        self.data,self.valid,self.tokenizer = train,valid,tokenizer
         self.callbacks = [*[Norms()]*args.log_norms, *trackers_of(args), *callbacks]
         self.log = self.console = Silent() # until the loop opens them
         self._place(model)

@@ -287,8 +287,8 @@ def train_experts(args:TrainingArgs, # Of the run; `active_expert` trains that o
     checkpoint = Path(result["checkpoint"])
     join_experts(checkpoint, out/"model")
     if valid is not None:
-        whole = on_demand(checkpoint, sum(isinstance(b.ffn, MoE) for b in model.layers)).to(
-            trainer.device)
+        whole = on_demand(checkpoint, sum(isinstance(b.ffn, MoE) for b in model.layers))
+        whole = whole.to(trainer.device)
         result["whole_loss"] = measure(whole, islice(valid, args.eval_batches), trainer.device,
                                        trainer.precision)["loss"]
     return result

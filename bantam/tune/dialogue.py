@@ -74,8 +74,8 @@ def read_dialogue(record, # A `Record` of room 21, or a plain dict of fields
     if isinstance(record, dict): fields = record
     else:
         where = record.where
-        fields = record.data or {k: v for k,v in dict(
-            text=record.text, messages=record.messages).items() if v is not None}
+        given = dict(text=record.text, messages=record.messages)
+        fields = record.data or {k: v for k,v in given.items() if v is not None}
     try:
         turns = turns_of(fields, schema)
         weights = [turn_weight(t.get("weight", 1)) if isinstance(t, dict) else 1. for t in turns]

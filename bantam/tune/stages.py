@@ -228,8 +228,8 @@ def stage_records(args:SFTArgs, # `stage`, `stage_limit`, and the data set
     if args.dataset in (None, "offline") and not args.use_hf:
         found = offline_stage(args.stage, min(limit, OFFLINE[split]), split, args.seed)
     else:
-        found,account = build_stage(records_of(
-            args.replace(dataset_text_field=TEXT_FIELD[args.stage]), split), args.stage, limit)
+        records = records_of(args.replace(dataset_text_field=TEXT_FIELD[args.stage]), split)
+        found,account = build_stage(records, args.stage, limit)
     if args.dataset not in (None, "offline") or args.use_hf:
         print(f"stage {args.stage}, {split}:\n{account}")
     if not found:

@@ -42,7 +42,7 @@ def prepare(out:Path, # The demo's folder
     else:
         tok = train_bpe(texts_of(open_source(source)),
                         vocab_size=1024 if source == "offline" else 2048, digit_group_size=1)
-        tok.save(out/"tokenizer")
+        with new_folder(out/"tokenizer") as folder: tok.save(folder)
     template = ChatTemplate.named("bantam")
     (out/"data").mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid"):

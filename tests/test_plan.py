@@ -17,8 +17,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"),
 
 
 def close(case, device="cpu", share=.1):
-    "Within a tenth, and the message says both."
-    said, real = sum(memory.predicted(case, device).values()), memory.measured(case, device)
+    """Within a tenth, and the message says both. What a process takes differs by up to 7 % from one
+    to the next, with the timing of its threads; the plan is for the most of three."""
+    said = sum(memory.predicted(case, device).values())
+    real = max(memory.measured(case, device) for _ in range(3))
     assert (abs(said/real - 1)
             < share), f"{case}: planned {said/2**20:.0f} MB, measured {real/2**20:.0f} MB"
 

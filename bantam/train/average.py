@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import BantamError
+from .optim import check_tensors
 
 # %% ../../nbs/4_train/40c_average.ipynb #84740803
 def decay_of(half_life:float # Steps after which a value counts half
@@ -83,12 +84,7 @@ def load_state_dict(self:WeightAverage,
                     tensors:dict # From `state_dict`
                    )->None:
     "Go on from there; what belongs to another model is refused by name."
-    for n,t in self.state_dict().items():
-        if n not in tensors:
-            raise BantamError(f"average of the weights: tensor '{n}' is missing; "
-                              "resume with the ema_half_life that the run began with")
-        if tensors[n].shape != t.shape:
-            raise BantamError(f"average of the weights: '{n}' is {tuple(tensors[n].shape)}, "
-                              f"the model needs {tuple(t.shape)}")
+    check_tensors(tensors, self.state_dict(), "average of the weights",
+                  "resume with the ema_half_life that the run began with")
     for n,t in self.tensors.items(): t.copy_(tensors[n])
     self.steps = int(tensors["steps"])

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .core import BantamError
+from .core import BantamError, new_folder
 from .data.files import UNPACK, kind_of, list_files, opened, plain_text, read_file
 from .data.records import Account, BadRecord, Record, texts_of
 from .text.tokenizer import BantamTokenizer
@@ -79,5 +79,8 @@ def make_vocabulary(input, # Files and folders
             for f,a in accounts.items()]
     tok.args |= dict(text_field=text_field, on_bad=on_bad, skipped={**kept, **bad}, files=used)
     tok.args["records"] = sum(a.records for a in accounts.values())
-    if out is not None: tok.save(out)
+    if out is None: return tok
+    if Path(out).exists(): tok.save(out)
+    else:
+        with new_folder(out) as folder: tok.save(folder)
     return tok

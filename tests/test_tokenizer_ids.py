@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -519,3 +521,30 @@ def test_trainbpe_skips_and_counts_when_told_so(tmp_path, capfd):
     assert {f["file"].rpartition("/")[2]: f["records"] for f in args["files"]} == {
         "a.jsonl": 3, "b.txt.gz": 0, "c.parquet": 2, "d.json": 1, "e.jsonl.zst": 2, "good.txt": 1}
     assert args["records"] == 9 and BantamTokenizer.load(tmp_path/"out").args == args
+
+
+KILLED = """import os, signal, sys
+import bantam.text.tokenizer as room
+write = room.write_json
+def last(path, content):
+    if path.name == "special_tokens_map.json": os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, content)
+room.write_json = last
+from bantam.cli import main
+main(sys.argv[1:])"""
+
+
+@pytest.mark.filterwarnings("ignore:the texts hold only")
+def test_trainbpe_killed_while_it_writes_leaves_no_half_folder(tmp_path):
+    words = ["trainbpe", "--input", str(GOOD(tmp_path)[0]), "--out", str(tmp_path/"out"),
+             "--vocab-size", "340"]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, *words],
+                          capture_output=True, text=True)
+    assert done.returncode == -9 and not (tmp_path/"out").exists(), done.stderr
+    for _ in range(2): # once more over the finished one: a folder that is there is written in place
+        with pytest.raises(SystemExit) as e: main(words)
+        assert e.value.code == 0
+        assert BantamTokenizer.load(tmp_path/"out").args["files"][0]["records"] == 1
+    subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, *words], capture_output=True)
+    with pytest.raises(BantamError, match="give a folder with a tokenizer in it"):
+        BantamTokenizer.load(tmp_path/"out")

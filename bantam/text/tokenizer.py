@@ -217,16 +217,18 @@ def save(self:BantamTokenizer,
         )->Path: # The folder
     "Write the tokenizer's files."
     folder = Path(folder)
-    try: folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in ("tokenizer.json", "bpe_training_args.json"): (folder/old).unlink(missing_ok=True)
     except OSError as e:
         raise BantamError(f"cannot make the folder {folder}: {e.strerror}; choose another") from e
     basic = {f"{n}_token": t for n,t in (self.roles or BASIC).items()}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
     if self.chat_template: config["chat_template"] = self.chat_template
-    write_durable(folder/"tokenizer.json", self.tok.to_str())
     write_json(folder/"tokenizer_config.json", config | basic)
     write_json(folder/"special_tokens_map.json", basic)
     if self.args: write_json(folder/"bpe_training_args.json", self.args)
+    write_durable(folder/"tokenizer.json", self.tok.to_str())
     return folder
 
 # %% ../../nbs/1_text/12_tokenizer.ipynb #c996c353

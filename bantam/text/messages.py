@@ -43,6 +43,22 @@ def check_call(call, # What should be a call of a tool
     as_json(call["arguments"], f"{where}: arguments")
     return {k: call[k] for k in CALL}
 
+# %% ../../nbs/1_text/12b_messages.ipynb #ba7272e9
+def _check_answer(m, n):
+    "A tool's answer: text alone, or an `id` with one of `content` and `error`."
+    given = {k: m[k] for k in ("id", "content", "error") if m.get(k) is not None}
+    if "content" in m and "id" in given and "error" not in given: given["content"] = m["content"]
+    if ("content" in given) == ("error" in given):
+        raise BantamError(f"message {n} (tool) must have one of content and error, "
+                          f"got {', '.join(given) or 'neither'}")
+    for k,v in given.items():
+        if not isinstance(v, str) and (k != "content" or "id" not in given):
+            raise BantamError(f"message {n} (tool): {k} must be text, got {type(v).__name__}")
+    if "error" in given and "id" not in given:
+        raise BantamError(f"message {n} (tool): an error needs the id of the call that failed")
+    as_json(given.get("content"), f"message {n} (tool): content")
+    return dict(role="tool") | given
+
 # %% ../../nbs/1_text/12b_messages.ipynb #6979d68c
 def check_message(m, # What should be a message
                   n:int=0 # Its number, for messages
@@ -55,7 +71,7 @@ def check_message(m, # What should be a message
         raise BantamError(f"message {n}: unknown role {role!r}{nearest(role, [*FIELDS, 'agent'])}; "
                           f"use {', '.join(FIELDS)}, agent")
     for k in m:
-        if k not in FIELDS[role]:
+        if k not in FIELDS[role] and m[k] is not None:
             raise BantamError(f"message {n} ({role}): "
                               f"unknown field {k!r}{nearest(k, FIELDS[role])}; "
                               f"it may have {', '.join(FIELDS[role])}")
@@ -76,21 +92,7 @@ def check_message(m, # What should be a message
                              for i,c in enumerate(calls)]
     return out
 
-def _check_answer(m, n):
-    "A tool's answer: text alone, or an `id` with one of `content` and `error`."
-    given = {k: m[k] for k in ("id", "content", "error") if m.get(k) is not None or k == "content"
-             and k in m and "id" in m}
-    if ("content" in given) == ("error" in given):
-        raise BantamError(f"message {n} (tool) must have one of content and error, "
-                          f"got {', '.join(given) or 'neither'}")
-    for k,v in given.items():
-        if not isinstance(v, str) and (k != "content" or "id" not in given):
-            raise BantamError(f"message {n} (tool): {k} must be text, got {type(v).__name__}")
-    if "error" in given and "id" not in given:
-        raise BantamError(f"message {n} (tool): an error needs the id of the call that failed")
-    as_json(given.get("content"), f"message {n} (tool): content")
-    return dict(role="tool") | given
-
+# %% ../../nbs/1_text/12b_messages.ipynb #ccb15a2c
 def check_messages(messages:list # `[{"role": ..., "content": ...}, ...]`
                   )->list[dict]: # Each as `check_message` gives it
     "The messages of a conversation, or a `BantamError` that names the first wrong one."

@@ -451,6 +451,8 @@ BAD = {
                       "a.jsonl:3 has no field 'text', only body"),
     "wrong type": (put("a.jsonl", LINES + '{"text": 5}\n'), [], "a.jsonl:3 field 'text' is a int"),
     "null": (put("a.jsonl", '{"text": null}\n'), [], "a.jsonl:1 field 'text' is a NoneType"),
+    "turns that are texts": (put("a.jsonl", '{"messages": ["Hi"]}\n'), [],
+                             "a.jsonl:1 field 'messages' holds a str among its turns"),
     "half a pair": (put("a.jsonl", '{"text": "\\ud83d"}\n'), [],
                     "a.jsonl:1 holds half of a surrogate pair"),
     "other field": (put("a.jsonl", LINES), ["--text-field", "body"], "has no field 'body'"),

@@ -42,7 +42,8 @@ def in_split(record:Record, # A record
              share:float=.1 # How much is held out
             )->bool:
     "Whether a record stands on the side of `split`; its content decides."
-    key = record.text if record.text is not None else json.dumps(record.messages or record.data)
+    if record.text is not None: key = record.text
+    else: key = json.dumps(record.messages or record.data, default=str) # a table may hold dates
     return held_out(key, share) == (one_of(split, SPLITS, "split") == "valid")
 
 # %% ../../nbs/2_data/21e_sources.ipynb #29e422ea

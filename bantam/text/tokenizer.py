@@ -68,7 +68,10 @@ def whole_text(text:str # Any string
     "Make `text` writable as UTF-8."
     if not isinstance(text, str):
         raise BantamError(f"expected text (str), got {type(text).__name__}: {text!r:.40}")
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try: text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 @patch
 def _safe(self:BantamTokenizer, text, ids):

@@ -176,5 +176,6 @@ def load_state_dict(self:Optimizer,
         if (a := there.get(name, "nowhere")) != (b := here.get(name, "nowhere")):
             raise BantamError(f"optimizer state: '{name}' sits in {a} there and in {b} here; "
                               "use the same model and the same `optimizer`")
-    check_tensors(tensors, mine, "optimizer state", "use an earlier checkpoint")
+    check_tensors(tensors, mine, "optimizer state",
+                  "use the muon_bias_correction that it was saved with, or another checkpoint")
     for name,t in mine.items(): t.copy_(tensors[name])

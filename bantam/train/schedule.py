@@ -12,9 +12,9 @@ from ..args import TrainingArgs
 from ..core import BantamError, nearest
 
 # %% ../../nbs/4_train/41_schedule.ipynb #508b2b7e
-# Share of the run in which `wsd` decays. Hagele et al., Scaling Laws and Compute-Optimal
+# Share of the run in which `wsd` decays. Hagele et al., Scaling Laws and Compute-Optimal Training
+# Beyond Fixed Training Durations, 2024
 COOLDOWN = .2
-# Training Beyond Fixed Training Durations, 2024
 
 SHAPES = dict(
     cosine=lambda x: (1 + math.cos(math.pi*x)) / 2,
@@ -37,10 +37,11 @@ def lr_scale(step:int, # Which optimiser step is about to be taken, from 0
              kind:str="cosine",
              # The rate at the end, as a share of the highest; not of `constant`, `stages`
              min_ratio:float=.1,
-             stages:list|None=None # Of `stages`: mappings with `until` and `lr_scale`, see below
+             stages:list|None=None # Of `stages`: what `stage_scale` takes
             )->float: # Factor on the learning rate, from `min_ratio` to 1 once warm
     "The schedule: a pure function of the step."
-    if kind == "stages" and stages:
+    if kind == "stages":
+        if not stages: raise BantamError("lr_scheduler 'stages' needs `stages`, a list of them")
         return min(1., (step+1)/max(warmup, 1)) * stage_scale(step, stages)
     if kind not in SHAPES:
         raise BantamError(f"lr_scheduler '{kind}' is unknown; "

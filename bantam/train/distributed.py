@@ -30,6 +30,9 @@ TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "
 def place_of(env # `os.environ`, or a mapping like it
             )->tuple: # (rank, size, local rank, local size)
     "Who this process is, as torchrun told it."
+    for n in TOLD[:4]:
+        if (env.get(n) or "0").isdecimal(): continue
+        raise BantamError(f"{n} is {env[n]!r}, not a whole number; start with torchrun")
     if int(env.get("WORLD_SIZE") or 1) == 1: return 0,1,0,1
     missing = [n for n in TOLD if not env.get(n)]
     if missing:

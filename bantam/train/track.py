@@ -40,14 +40,16 @@ def read_log(path, # A `.jsonl` file; a missing one is an empty log
             )->list[dict]: # The rows
     "The rows of a log, without a half-written last line."
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"): lines.pop()
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"): lines.pop()
     rows = []
     for i,line in enumerate(lines, 1):
-        try: rows.append(json.loads(line))
-        except ValueError:
-            raise BantamError(
-                f"{path} line {i} is not JSON; remove that line, or the file") from None
+        try: row = json.loads(line)
+        except ValueError: row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise BantamError(f"{path} line {i} is not a row of a log; remove that line, "
+                              "or the file")
+        rows.append(row)
     return [r for r in rows if r["step"] <= upto]
 
 # %% ../../nbs/4_train/44_track.ipynb #15c58fc1

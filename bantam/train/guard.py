@@ -135,8 +135,6 @@ def total(self:Guard)->int: # Steps that changed nothing so far
     "How many steps were passed over."
     return sum(self.skips.values())
 
-
-
 # %% ../../nbs/4_train/44e_guard.ipynb #e97c6336
 def first_loss(loss:float|None, # Of the first step
                vocab_size:int # V

@@ -140,8 +140,6 @@ def on_close(self:WeightsAndBiases,
     "Say goodbye; what is not sent yet is sent."
     if self.run is not None: self.run.finish()
 
-
-
 # %% ../../nbs/4_train/44g_trackers.ipynb #e1291f46
 def trackers_of(args # `TrainingArgs`: `trackers` and `wandb`
                )->list: # Callbacks

@@ -74,7 +74,7 @@ def norm_curves(rows:list[dict] # Rows of `logs/norms.jsonl`
     "Sizes of weights and of activations over steps, a line per tensor, lighter the deeper it lies."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(6, 2.4))
-    fig.subplots_adjust(left=.1, right=.97, bottom=.2, top=.87, wspace=.3)
+    fig.subplots_adjust(left=.12, right=.97, bottom=.2, top=.87, wspace=.35)
     for ax,kind in zip(fig.subplots(1, 2), ("weights", "activations")):
         names = list(rows[-1][kind])
         for i,n in enumerate(names):
@@ -82,6 +82,7 @@ def norm_curves(rows:list[dict] # Rows of `logs/norms.jsonl`
                     color=(0, .25 + .5*i/len(names), .7))
         ax.set(title=f"root mean square of {len(names)} {kind}", xlabel="step", yscale="log")
         ax.title.set_fontsize(8)
+        ax.tick_params(which="both", labelsize=7)
     return fig
 
 def png(fig # A matplotlib `Figure`

@@ -133,7 +133,7 @@ def companions(folder:Path, # A model folder
     "Copy what is neither weights nor a part of a checkpoint."
     for p in Path(folder).iterdir():
         ours = p.name.startswith(("training_", "optimizer", "manifest"))
-        if p.suffix == ".json" and not ours: shutil.copy2(p, out/p.name)
+        if p.is_file() and p.suffix != ".safetensors" and not ours: shutil.copy2(p, out/p.name)
 
 def split_experts(folder, # A model folder with all weights in one file
                   out # The folder to make

@@ -37,10 +37,11 @@ class Constraint(ABC):
                  # Tokens after which the answer is led to an end; None never does
                  free:int|None=None
                 ):
-        self.ends = sorted({tokenizer.eos_id} if ends is None else set(ends))
-        if not self.ends or None in self.ends:
-            raise BantamError("a form needs an id that may follow when it is complete; "
-                              "name one in ends")
+        ends,known = {tokenizer.eos_id} if ends is None else set(ends),range(tokenizer.vocab_size)
+        if not ends or not all(type(i) is int and i in known for i in ends):
+            raise BantamError("a form needs an id that may follow when it is complete: name ids of "
+                              f"the vocabulary in ends, got {ends or 'none'}")
+        self.ends = sorted(ends)
         if free is not None and free < 1:
             raise BantamError(f"free must be at least 1, or None, got {free}")
         self.tokenizer,self.free,self.said,self.over,self.path = tokenizer,free,0,False,None

@@ -8,13 +8,18 @@ __all__ = ['NOTHING', 'EMPTY', 'signs', 'chain', 'either', 'repeat', 'word', 'ma
 # %% ../../nbs/5_decode/54_forms.ipynb #5af3032f
 from functools import lru_cache
 
+from ..core import BantamError
+
 # %% ../../nbs/5_decode/54_forms.ipynb #4221c317
 NOTHING,EMPTY = ("either",),("chain",) # no text at all has this form; only the empty text has it
 
 def signs(chars:str # Any of these characters, all ASCII
          )->tuple:
-    "One byte of a set."
-    return ("signs", frozenset(chars.encode("ascii")))
+    "One byte of a set; an empty set fits nothing."
+    if not chars.isascii():
+        raise BantamError(f"signs takes ASCII characters, got {chars!r:.60}; "
+                          "write others as a choice of words: either(word(...), ...)")
+    return ("signs", frozenset(chars.encode())) if chars else NOTHING
 
 def chain(*parts # Expressions
          )->tuple:

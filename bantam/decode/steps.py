@@ -74,6 +74,7 @@ class Step(NamedTuple):
     ids_B:Tensor # The pad id in a row that has ended
     logprobs_B:Tensor|None=None # Log-probability of each under the model alone, when asked for
 
+# %% ../../nbs/5_decode/50e_steps.ipynb #e987cbe2
 @contextmanager
 def evaluating(model:BantamForCausalLM # A model, perhaps in training
               ):
@@ -84,6 +85,7 @@ def evaluating(model:BantamForCausalLM # A model, perhaps in training
     finally:
         if was_training: model.train()
 
+# %% ../../nbs/5_decode/50e_steps.ipynb #e9307ada
 def drawn(reader:Reader, # Feeds the model; has read nothing yet
           said_BT:Tensor, # Prompts and room for the answers; negative ids are padding
           T:int, # Columns of the prompts
@@ -207,8 +209,7 @@ def steps(self:BantamForCausalLM,
                     Ends(*self.stops(stop_ids, stop), tokenizer))
     if num_samples < 1: raise BantamError(f"num_samples must be at least 1, got {num_samples}")
     contradicts(args, settings, constraint=constraint, draft=draft, compile=compile,
-                use_cache=use_cache,
-                num_samples=num_samples, rows=len(input_ids)*num_samples)
+                use_cache=use_cache, num_samples=num_samples, rows=len(input_ids)*num_samples)
     if args.num_beams == 1:
         input_ids,start_B = (x.repeat_interleave(num_samples, 0) for x in (input_ids, start_B))
     (B,T),constraints = input_ids.shape,one_per_row(constraint, len(input_ids))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Account', 'sft_samples', 'sft_dataset', 'sft_loader', 'show_start', 'first_mask', 'rows_of', 'tuned_model', 'base_of',
-           'sft']
+           'check_sft', 'sft']
 
 # %% ../../nbs/6_tune/62_sft.ipynb #b935c991
 import sys
@@ -138,7 +138,25 @@ def base_of(args:SFTArgs # Of a new run, or of one that goes on
     note = newest_checkpoint(args.resume_from_checkpoint).parent.parent/"base.json"
     return read_json(note)["finetune_from"] if note.is_file() else None
 
-# %% ../../nbs/6_tune/62_sft.ipynb #01929bf7
+# %% ../../nbs/6_tune/62_sft.ipynb #7575b306
+def check_sft(args:SFTArgs, # Everything the run is told
+              ranks:Ranks, # This process among the others
+              stages:bool # Does the caller know stages?
+             )->None:
+    "Refuse a run that lacks what it needs, or asks for what does not go together."
+    if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
+    if not (args.finetune_from or args.resume_from_checkpoint):
+        raise BantamError("finetune_from is not set; name the model to fine-tune")
+    if ranks.sharded and args.sft_mode == "lora":
+        raise ranks.said(BantamError("parallel fsdp cuts weights that adapters leave as they are; "
+                                     "use parallel: ddp, or sft_mode: full"))
+    if args.stage and not stages:
+        raise BantamError("stage is set, and this function knows no stages; "
+                          "call `tune` of room 63 instead")
+    if args.resume_from_checkpoint:
+        check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
+
+# %% ../../nbs/6_tune/62_sft.ipynb #49390ed9
 def sft(args:SFTArgs, # Everything the run is told
         callbacks=(), # Handed to the trainer
         command:str|None=None, # The words that go on with this run; said at its start and at a stop
@@ -146,18 +164,8 @@ def sft(args:SFTArgs, # Everything the run is told
         records=None
        )->dict: # What `Trainer.train` returns; with adapters also `adapter`, a folder
     "Fine-tune a model on dialogues, or go on with such a run."
-    if not args.out_dir: raise BantamError("out_dir is not set; name the folder of this run")
-    if not (args.finetune_from or args.resume_from_checkpoint):
-        raise BantamError("finetune_from is not set; name the model to fine-tune")
     ranks = Ranks.current(args.device, args.parallel)
-    if ranks.sharded and args.sft_mode == "lora":
-        raise ranks.said(BantamError("parallel fsdp cuts weights that adapters leave as they are; "
-                                     "use parallel: ddp, or sft_mode: full"))
-    if args.stage and records is None:
-        raise BantamError("stage is set, and this function knows no stages; "
-                          "call `tune` of room 63 instead")
-    if args.resume_from_checkpoint:
-        check_same_run(args, newest_checkpoint(args.resume_from_checkpoint))
+    check_sft(args, ranks, stages=records is not None)
     tokenizer,template,read = (load_tokenizer(args),ChatTemplate.load(args.template),
                                records or records_of)
     if args.resume_from_checkpoint and tokenizer.chat_template != template.jinja():

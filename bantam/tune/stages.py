@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'MARKED', 'THOUGHT', 'BUILDERS', 'OFFLINE', 'TEXT_FIELD', 'spoken', 'has', 'instruct_messages', 'numbered',
-           'found_inside', 'parsed', 'answer_inside', 'check_pairs', 'tools_text', 'tools_messages',
-           'reasoning_messages', 'column_sum', 'with_thoughts', 'offline_stage', 'build_stage', 'stage_records', 'tune']
+           'found_inside', 'parsed', 'answer_inside', 'check_pairs', 'from_text', 'tools_text', 'tools_messages',
+           'reasoning_messages', 'column_sum', 'with_thoughts', 'offline_stage', 'kind_of', 'build_stage',
+           'stage_records', 'tune']
 
 # %% ../../nbs/6_tune/63_stages.ipynb #d833a550
 import json
@@ -17,19 +18,22 @@ from ..data.offline import KINDS, dialogues
 from ..data.records import Record
 from ..text.messages import as_json, as_message, check_call, check_messages
 from ..train.pretrain import records_of
-from .dialogue import fitting, turns_of
+from .dialogue import fitting, turn_weight, turns_of
 from .sft import Account, sft
 
 # %% ../../nbs/6_tune/63_stages.ipynb #da4d7a1f
 LIMITS = dict(instruct=50_000, tools=40_000, reasoning=20_000)
 
 def spoken(fields:dict # A record
-          )->list|None: # Checked messages, calls and thoughts found; None has no turns
+          )->list|None: # Checked messages with their weights, calls and thoughts found; or None
     "The dialogue of a record, whatever its schema."
     if not fitting(fields): return None
-    return check_messages(
-        [found_inside(as_message({k: v for k,v in t.items() if k != "weight"} if isinstance(t, dict)
-                                 else t)) for t in turns_of(fields)])
+    turns = turns_of(fields)
+    rated = [isinstance(t, dict) and "weight" in t for t in turns]
+    weights = [dict(weight=turn_weight(t["weight"])) if r else {} for t,r in zip(turns, rated)]
+    plain = [{k: v for k,v in t.items() if k != "weight"} if r else t for t,r in zip(turns, rated)]
+    return [m | w for m,w in zip(check_messages([found_inside(as_message(t)) for t in plain]),
+                                 weights)]
 
 def has(messages:list, # Checked
         field:str # `tool_calls` or `thinking`
@@ -107,10 +111,18 @@ def check_pairs(messages:list # Checked messages
             raise BantamError(f"message {n}: two calls have the same id")
         waiting |= {*ids}
 
+def from_text(value, # JSON in a text, or what it would hold
+              what:str # Names it in messages
+             ):
+    "What a field holds, whether it is written as JSON in a text or not."
+    try: return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise BantamError(f"{what} must be JSON, got {value!r:.60}") from None
+
 def tools_text(tools, # Descriptions: objects, plain or as in OpenAI's format, or JSON of them
               )->str: # A line for each
     "The tools as a model reads them."
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = from_text(tools, "tools")
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
         raise BantamError("tools must be a list of objects")
     return "Tools:\n" + "\n".join(as_json(t.get("function", t), "a tool") for t in tools)
@@ -119,8 +131,7 @@ def tools_messages(fields:dict # A record
                   )->list|None: # Messages; None is of another stage
     "A dialogue with at least one call, its tools in the system turn."
     if {"query", "answers"} <= fields.keys():
-        calls = json.loads(fields["answers"]) if isinstance(fields["answers"],
-                                                            str) else fields["answers"]
+        calls = from_text(fields["answers"], "answers")
         if not isinstance(calls, list): raise BantamError("answers must be a list of calls")
         messages = check_messages([dict(role="user", content=fields["query"]),
                                    dict(role="assistant",
@@ -198,6 +209,11 @@ def offline_stage(stage:str, # A key of `LIMITS`
 # Which field shows that a file has records of this kind
 TEXT_FIELD = dict(instruct="text", tools="query", reasoning="question")
 
+def kind_of(error:str # What was wrong with a record
+           )->str: # The same text for all records with the same mistake
+    "An error without what differs from record to record: numbers and quoted words."
+    return re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "*", error)[:60]
+
 def build_stage(records, # `Record`s of any source
                 stage:str, # A key of `LIMITS`
                 limit:int|None=None # Most dialogues; None is the stage's own
@@ -211,8 +227,8 @@ def build_stage(records, # `Record`s of any source
         fields = r.data or {k: v for k,v in dict(text=r.text,
                                                  messages=r.messages).items() if v is not None}
         try: messages = BUILDERS[stage](fields)
-        except (BantamError, ValueError) as e:
-            account.note(f"left out: {re.sub(r'[0-9]+|message . [(]', '.', str(e))[:60]}", r.where)
+        except BantamError as e:
+            account.note(f"left out: {kind_of(str(e))}", r.where)
             continue
         if messages is None: account.note(f"left out: not of stage {stage}", r.where)
         else:
@@ -220,6 +236,7 @@ def build_stage(records, # `Record`s of any source
             out.append(Record(None, messages, r.where, dict(messages=messages)))
     return out,account
 
+# %% ../../nbs/6_tune/63_stages.ipynb #bcece1e9
 def stage_records(args:SFTArgs, # `stage`, `stage_limit`, and the data set
                   split:str # `train` or `valid`
                  )->list[Record]:

@@ -151,6 +151,7 @@ def read_manifest(folder:Path # A checkpoint
         if name not in files: refuse(folder, f"manifest.json does not list {name}")
     return body
 
+# %% ../../nbs/4_train/42_checkpoint.ipynb #d541fefa
 SEEN:dict = {} # What this process has found whole: {checkpoint: its `traces`}
 
 def traces(folder:Path # A checkpoint
@@ -231,6 +232,7 @@ def pointed(run_dir, # A run folder
     folder = Path(run_dir)/"checkpoints"/target
     return folder if STEP.fullmatch(target) and folder.is_dir() else None
 
+# %% ../../nbs/4_train/42_checkpoint.ipynb #5276152f
 def discard(folder:Path # A folder to delete
            )->None:
     """Take away a folder so that no moment shows half of it under its name; its place on the disk
@@ -246,6 +248,7 @@ def cleared()->None:
     "Return when everything that was discarded is gone. Python waits for that at its end too."
     while LEAVING: LEAVING.pop().result()
 
+# %% ../../nbs/4_train/42_checkpoint.ipynb #c8527e1b
 def is_good(folder:Path # A checkpoint
            )->bool: # Is it whole?
     """`verify_checkpoint` as a question, which is read from the disk once, and again when a file

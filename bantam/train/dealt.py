@@ -35,6 +35,7 @@ def cut(batch:list, # `Run`s of parts of equal shape
             if not room: pieces.append([]); room = most
     return [p for p in pieces if p]
 
+# %% ../../nbs/4_train/43b_dealt.ipynb #c104b5bb
 def work(rows:int, # Of a part
          cols:int # Likewise
         )->int: # Multiplications in one step of Newton-Schulz, up to a factor
@@ -182,6 +183,7 @@ def swap(self:ShardedMuon,
     return [[t.view(-1, c) for t,(_,c) in zip(block.split(n), some)] if some else []
             for block,n,some in zip(got.split(list(map(sum, counts))), counts, sizes)]
 
+# %% ../../nbs/4_train/43b_dealt.ipynb #d46f7ab0
 @patch
 def orthogonal(self:ShardedMuon,
                whole:list # Matrices (R,C)
@@ -263,6 +265,7 @@ def clip_grad_norm(self:ShardedOptimizer,
         if own > max_norm and grads: torch._foreach_mul_(grads, max_norm/(own + 1e-6))
     return norm
 
+# %% ../../nbs/4_train/43b_dealt.ipynb #892d7a4f
 @patch
 def table(self:ShardedOptimizer)->str: # Of whole weights
     "Who sits where, and why."
@@ -273,9 +276,9 @@ def step(self:ShardedOptimizer,
          lr_scale:float=1. # What the schedule says
         )->None:
     "One step of both."
-    live = {s.name: p.grad is not None for s,p in zip(self.seats, self.sources)}
-    hidden = [live[s.name] for s in self.seats if s.home == "muon"]
-    if hidden: self.muon.step(self.muon_lr * lr_scale, hidden)
+    self.params # brings the gradients of the sources along
+    live = [p.grad is not None for s,p in zip(self.seats, self.sources) if s.home == "muon"]
+    if live: self.muon.step(self.muon_lr * lr_scale, live)
     if self.adamw is None: return
     for g in self.adamw.param_groups: g["lr"] = self.lr * lr_scale
     self.adamw.step()

@@ -20,7 +20,7 @@ def half_width(values:list # Differences; at least two
               )->float: # Half the width of the 95 % interval of their mean
     "How far the mean may be off. Source: Student, 1908."
     n = len(values)
-    t = T95[n-2] if n-2 < len(T95) else 1.96 + 2.5/(n-1) # To 0.01 from 12 values on
+    t = T95[n-2] if n-2 < len(T95) else 1.96 + 2.4/(n-2) # To 0.003 from 12 values on
     return t * statistics.stdev(values) / math.sqrt(n)
 
 # %% ../../nbs/4_train/49a_recipes.ipynb #f426c9a7

@@ -58,7 +58,7 @@ def encoded(args:TrainingArgs, # Names the data and `out_dir`
             split:str, # `train` or `valid`
             tokenizer:BantamTokenizer, # Makes the ids
             template:ChatTemplate # Writes dialogues down as ids
-           )->Shards:
+           )->Shards: # Or `TokenFiles`, where the data are tokens already
     "The token shards of one side of the run, made when they are not there yet."
     ready = tokenised_side(args, split, tokenizer)
     if ready: return ready
@@ -80,6 +80,7 @@ def encoded(args:TrainingArgs, # Names the data and `out_dir`
     write_json(note, made_by)
     return Shards(folder, tokenizer, verify=False)
 
+# %% ../../nbs/4_train/45a_pretrain.ipynb #af281f70
 def loaders(args:TrainingArgs, # Names the data, `seq_len`, `batch_size`, `seed`
             tokenizer:BantamTokenizer, # Makes the ids
             template:ChatTemplate, # Writes dialogues down as ids

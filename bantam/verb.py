@@ -25,8 +25,15 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 
 def notes(f # A function
          )->dict: # {parameter: its comment}
-    "The comments that stand beside the parameters."
-    return dict(re.findall(r"^(?:def \w+\()? *(\w+):.*? # (.*)$", inspect.getsource(f), re.M))
+    "The comments that stand beside the parameters, or above them."
+    found,above = {},[]
+    for line in inspect.getsource(f).splitlines():
+        if note := re.match(r" *# (.*)", line): above.append(note[1]); continue
+        parameter = re.match(r"(?:def \w+\()? *(\w+):.*?(?: # (.*))?$", line)
+        if parameter and parameter[1] in inspect.signature(f).parameters:
+            found.setdefault(parameter[1], parameter[2] or " ".join(above))
+        above = []
+    return found
 
 # %% ../nbs/98a_verb.ipynb #12d9c354
 def from_file(ctx, # typer's context: knows which options were typed

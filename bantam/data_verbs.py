@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from .core import BantamError
+from .core import BantamError, write_durable
 from .verb import app, show_yaml, verb
 
 # %% ../nbs/98b_data_verbs.ipynb #7d3b449d
@@ -99,7 +99,8 @@ def data_preview(dataset:Path, # Shards, a .bin or .npy file; with --dialogues c
                  tokenizer:str="default", # Folder of the tokenizer, or `default`
                  # Show conversations with their loss mask, as fine-tuning sees them
                  dialogues:bool=False,
-                 template:str="bantam", # Of dialogues: bantam or chatml
+                 # How turns are written: bantam, chatml, llama3, gemma, alpaca, raw, or a YAML file
+                 template:str="bantam",
                  seq_len:int=256, # Tokens of a row
                  rows:int=4, # How many are shown
                  pack:str="blocks", # Of tokens: blocks, or best_fit
@@ -128,4 +129,4 @@ def data_preview(dataset:Path, # Shards, a .bin or .npy file; with --dialogues c
         found = text_rows(shards, seq_len, pack, stride=stride)
     view = Preview(found, tok, rows)
     print(view.terminal(colour=sys.stdout.isatty()))
-    if page: print(page.write_text(view.page(), encoding="utf-8") and page)
+    if page: print(write_durable(page, view.page()))

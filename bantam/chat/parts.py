@@ -19,7 +19,7 @@ def whole(text:str # What a model or a tool wrote
          )->dict|None: # None where it is not (yet) one JSON object
     "A finished JSON object."
     try: said = json.loads(text)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
     return said if isinstance(said, dict) else None
 
 # %% ../../nbs/7_chat/72b_parts.ipynb #33cb9b55

@@ -81,33 +81,38 @@ class ChatAnswer(TextAnswer):
         if len(self.reader.calls) > self.count: self.finish_call()
         return self.watch.done
 
-    def add(self,
-            piece # From the reader of spans
-           )->None:
-        "Sort a piece."
-        if piece.kind == "call" and self.tools: self.call += piece.text; return
-        if piece.kind == "think": kind,text = "reasoning_content",piece.text
-        else: kind,text = "content",self.watch.push(piece.text)
-        if text: self.pieces.append((kind, text))
+# %% ../../nbs/7_chat/74c_answers.ipynb #a7427c48
+@patch
+def add(self:ChatAnswer,
+        piece # From the reader of spans
+       )->None:
+    "Sort a piece."
+    if piece.kind == "call" and self.tools: self.call += piece.text; return
+    if piece.kind == "think": kind,text = "reasoning_content",piece.text
+    else: kind,text = "content",self.watch.push(piece.text)
+    if text: self.pieces.append((kind, text))
 
-    def finish_call(self)->None:
-        "A call has been closed: tell it, or say what stands there."
-        self.count,raw,self.call = len(self.reader.calls),self.call,""
-        if not self.tools: return
-        try: call = parse_call(raw)
-        # a call that cannot be read is text
-        except BantamError: self.pieces.append(("content", raw)); return
-        function = dict(
-            name=call["name"], arguments=json.dumps(call["arguments"], ensure_ascii=False))
-        self.pieces.append(
-            ("tool_calls", [dict(id=call["id"], type="function", function=function)]))
-        self.called = True
+@patch
+def finish_call(self:ChatAnswer)->None:
+    "A call has been closed: tell it, or say what stands there."
+    self.count,raw,self.call = len(self.reader.calls),self.call,""
+    if not self.tools: return
+    try: call = parse_call(raw)
+    except BantamError: # it is text, behind what the watch still holds
+        self.pieces.append(("content", self.watch.flush() + raw))
+        return
+    function = dict(
+        name=call["name"], arguments=json.dumps(call["arguments"], ensure_ascii=False))
+    self.pieces.append(
+        ("tool_calls", [dict(id=call["id"], type="function", function=function)]))
+    self.called = True
 
-    def close(self)->None:
-        "What was held back, when the row has ended."
-        for piece in self.reader.flush(): self.add(piece)
-        if text := self.watch.flush() + self.call: self.pieces.append(("content", text))
-        self.call = ""
+@patch
+def close(self:ChatAnswer)->None:
+    "What was held back, when the row has ended."
+    for piece in self.reader.flush(): self.add(piece)
+    if text := self.watch.flush() + self.call: self.pieces.append(("content", text))
+    self.call = ""
 
 # %% ../../nbs/7_chat/74c_answers.ipynb #896f0ecf
 @dataclass(frozen=True)
@@ -260,6 +265,7 @@ def news(self:Reply)->list: # of chunks
         out.append(self.frame([], usage=self.count()))
     return out
 
+# %% ../../nbs/7_chat/74c_answers.ipynb #e9e38dc5
 @patch
 def whole(self:Reply)->dict:
     "The answer in one piece, when all rows have ended."

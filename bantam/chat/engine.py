@@ -105,13 +105,15 @@ def submit(self:Engine,
           )->Job:
     "Take rows in, or refuse them; called in an event loop."
     for row in rows: self.batch.check(row)
+    if len(rows) > (most := self.batch.seats + self.limit):
+        raise BantamError(f"{len(rows)} answers were asked for together, and there is never room "
+                          f"for more than {most}; ask for fewer")
     with self.lock:
         if self.closing: raise Unavailable("the server is stopping; ask again when it is back")
-        if len(self.jobs) + len(rows) > self.batch.seats + self.limit:
+        if len(self.jobs) + len(rows) > most:
             self.counts["refused"] += 1
             raise Busy(f"{len(self.jobs)} answers are being written or wait, "
-                       f"and there is room for {self.batch.seats + self.limit}; "
-                       "try again in a moment")
+                       f"and there is room for {most}; try again in a moment")
         job = Job(rows)
         self.waiting.extend(rows)
         self.jobs.update(dict.fromkeys(rows, job))

@@ -9,6 +9,8 @@ __all__ = ['MAX_CODE', 'printed', 'Sandbox', 'python_tool']
 import ast
 from importlib.util import find_spec
 
+from fastcore.basics import patch
+
 from .tools import Tool, tool
 from ..core import BantamError
 
@@ -52,33 +54,36 @@ class Sandbox:
         return dict(max_feed_duration_secs=self.seconds, max_memory=self.memory_mb << 20,
                     max_recursion_depth=200, max_suspensions=20)
 
-    def run(self,
-            code:str # A program
-           )->str: # What it printed, and the value of its last line
-        "Run a program to its end; a `BantamError` says why it did not get there."
-        from datetime import datetime
-        from pydantic_monty import CollectString, Monty, MontyError
-        still = dict(sleep="zero", datetime=datetime(2000, 1, 1), random_start=dict(seed=0))
-        output = CollectString(self.max_output + 20_000) # the interpreter counts in blocks of 8 KB
-        code = printed(code)
-        try:
-            with Monty(max_processes=1, request_timeout=self.seconds + 1) as pool:
-                with pool.checkout(limits=self.limits(), os_policy=still) as session:
-                    session.feed_run(code, print_callback=output)
-        except MontyError as e: raise BantamError(self.why(e, output.output)) from None
-        if len(text := output.output) > self.max_output:
-            raise BantamError(f"the output has {len(text)} characters; "
-                              f"at most {self.max_output} are allowed")
-        return text or "(no output)"
+# %% ../../nbs/7_chat/71_sandbox.ipynb #284436f1
+@patch
+def run(self:Sandbox,
+        code:str # A program
+       )->str: # What it printed, and the value of its last line
+    "Run a program to its end; a `BantamError` says why it did not get there."
+    from datetime import datetime
+    from pydantic_monty import CollectString, Monty, MontyError
+    still = dict(sleep="zero", datetime=datetime(2000, 1, 1), random_start=dict(seed=0))
+    output = CollectString(self.max_output + 20_000) # the interpreter counts in blocks of 8 KB
+    code = printed(code)
+    try:
+        with Monty(max_processes=1, request_timeout=self.seconds + 1) as pool:
+            with pool.checkout(limits=self.limits(), os_policy=still) as session:
+                session.feed_run(code, print_callback=output)
+    except MontyError as e: raise BantamError(self.why(e, output.output)) from None
+    if len(text := output.output) > self.max_output:
+        raise BantamError(f"the output has {len(text)} characters; "
+                          f"at most {self.max_output} are allowed")
+    return text or "(no output)"
 
-    def why(self,
-            error:Exception, # What the interpreter raised
-            said:str # What was printed before
-           )->str:
-        "The last line of the error, and what was printed before it."
-        show = getattr(error, "display", None)
-        text = show("type-msg") if show else str(error)
-        return text[:400] + (f" (printed before: {said[-400:]!r})" if said else "")
+@patch
+def why(self:Sandbox,
+        error:Exception, # What the interpreter raised
+        said:str # What was printed before
+       )->str:
+    "The last line of the error, and what was printed before it."
+    show = getattr(error, "display", None)
+    text = show("type-msg") if show else str(error)
+    return text[:400] + (f" (printed before: {said[-400:]!r})" if said else "")
 
 # %% ../../nbs/7_chat/71_sandbox.ipynb #13aea886
 def python_tool(**limits # Those of `Sandbox`

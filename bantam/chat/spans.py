@@ -9,6 +9,8 @@ __all__ = ['SPANS', 'Piece', 'AnswerReader', 'message_of', 'CallConstraint']
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from ..core import BantamError
 from .tools import parse_call
 from ..decode.speech import Speech
@@ -34,36 +36,41 @@ class AnswerReader:
         self.closes = {ids[k, "END"]: k for k in self.opens.values()}
         self.text,self.thinking,self.calls,self.stray,self._call = "","",[],0,""
 
-    def push(self,
-             id:int # The next token that the model generated
-            )->Iterator: # of `Piece`s that may be shown
-        "Take one more id."
-        if self.kind == "text" and id in self.opens:
-            yield from self._end()
-            self.kind = self.opens[id]
-        elif self.closes.get(id) == self.kind:
-            yield from self._end()
-            if self.kind == "call": self.calls.append(self._call); self._call = ""
-            self.kind = "text"
-        elif self.tokenizer.token_bytes(id): yield from self._show(self.speech.push(id))
-        else: self.stray += 1 # a control token where none belongs says nothing
-
-    def _show(self, text):
-        "Keep the books of what was said."
-        if not text: return
-        if self.kind == "text": self.text += text
-        elif self.kind == "think": self.thinking += text
-        else: self._call += text
-        yield Piece(self.kind, text)
-
-    def _end(self):
-        "The rest of a part; the next begins afresh."
-        yield from self._show(self.speech.flush())
-        self.speech = Speech(self.tokenizer)
-
-    def flush(self)->Iterator: # of `Piece`s
-        "What is left when the answer has ended; a call that is still open is none."
+# %% ../../nbs/7_chat/71a_spans.ipynb #df9b8b99
+@patch
+def push(self:AnswerReader,
+         id:int # The next token that the model generated
+        )->Iterator: # of `Piece`s that may be shown
+    "Take one more id."
+    if self.kind == "text" and id in self.opens:
         yield from self._end()
+        self.kind = self.opens[id]
+    elif self.closes.get(id) == self.kind:
+        yield from self._end()
+        if self.kind == "call": self.calls.append(self._call); self._call = ""
+        self.kind = "text"
+    elif self.tokenizer.token_bytes(id): yield from self._show(self.speech.push(id))
+    else: self.stray += 1 # a control token where none belongs says nothing
+
+@patch
+def _show(self:AnswerReader, text):
+    "Keep the books of what was said."
+    if not text: return
+    if self.kind == "text": self.text += text
+    elif self.kind == "think": self.thinking += text
+    else: self._call += text
+    yield Piece(self.kind, text)
+
+@patch
+def _end(self:AnswerReader):
+    "The rest of a part; the next begins afresh."
+    yield from self._show(self.speech.flush())
+    self.speech = Speech(self.tokenizer)
+
+@patch
+def flush(self:AnswerReader)->Iterator: # of `Piece`s
+    "What is left when the answer has ended; a call that is still open is none."
+    yield from self._end()
 
 # %% ../../nbs/7_chat/71a_spans.ipynb #c0942aef
 def message_of(reader:AnswerReader # Has read an answer

@@ -91,7 +91,7 @@ def _run(self:Worker, text, settings):
             self.face.take(piece)
             if self.stopping.is_set(): break
     except KeyboardInterrupt: pass # Stop, between two tokens
-    except BaseException as e: error = e # a tool may even call exit(); the face goes on
+    except BaseException as e: error = e # even an exit(); the face goes on
     finally:
         if pieces: pieces.close()
         chat.model,chat.on_drop = model,on_drop

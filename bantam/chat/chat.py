@@ -79,23 +79,23 @@ class BantamChat:
         self.reset()
         if system is not None: self.system = system
 
-    @classmethod
-    def from_pretrained(cls,
-                        folder, # A model's folder: weights, tokenizer, generation defaults
-                        device:str="auto", # Where to run
-                        # Where `folder` is an adapter: its base; None takes what it names
-                        base=None,
-                        **options # Those of `BantamChat`
-                       ):
-        """A chat with the model in `folder`, with the model's own defaults; an adapter is merged
-        into its base."""
-        adapted = is_adapter(folder)
-        if base is not None and not adapted:
-            raise BantamError(f"{folder} is no adapter, so it has no base")
-        model = from_adapter(folder, base) if adapted else BantamForCausalLM.from_pretrained(folder)
-        model = model.to(pick_device(device))
-        options.setdefault("generation", GenerationArgs.load(folder))
-        return cls(model, BantamTokenizer.load(folder), **options)
+# %% ../../nbs/7_chat/72_chat.ipynb #566fd4e6
+@patch(cls_method=True)
+def from_pretrained(cls:BantamChat,
+                    folder, # A model's folder: weights, tokenizer, generation defaults
+                    device:str="auto", # Where to run
+                    base=None, # Where `folder` is an adapter: its base; None takes what it names
+                    **options # Those of `BantamChat`
+                   ):
+    """A chat with the model in `folder`, with the model's own defaults; an adapter is merged into
+    its base."""
+    adapted = is_adapter(folder)
+    if base is not None and not adapted:
+        raise BantamError(f"{folder} is no adapter, so it has no base")
+    model = from_adapter(folder, base) if adapted else BantamForCausalLM.from_pretrained(folder)
+    model = model.to(pick_device(device))
+    options.setdefault("generation", GenerationArgs.load(folder))
+    return cls(model, BantamTokenizer.load(folder), **options)
 
 # %% ../../nbs/7_chat/72_chat.ipynb #bb86e9b0
 @patch

@@ -196,7 +196,8 @@ def run(self:ToolBox,
         text = value if isinstance(value, str) else as_json(value, "the result")
         return dict(id=id, content=self.cut(text) if len(text) > self.max_result else value)
     except BantamError as e: return dict(id=id, error=self.cut(str(e)))
-    except Exception as e: return dict(id=id, error=self.cut(f"{type(e).__name__}: {e}"))
+    except (Exception, SystemExit) as e:
+        return dict(id=id, error=self.cut(f"{type(e).__name__}: {e}"))
 
 # %% ../../nbs/7_chat/70_tools.ipynb #baf02cad
 ID_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,16}$"}

@@ -166,38 +166,42 @@ class Batch:
         "How many rows may join now."
         return self.seats - len(self.rows) - len(self.reading)
 
-    def check(self,
-              row:Row # That wants to join
-             )->None:
-        "Refuse what will never fit."
-        if (n := len(row.ids) + row.args.max_new_tokens) > self.context:
-            raise BantamError(f"{len(row.ids)} tokens and {row.args.max_new_tokens} new ones are "
-                              f"{n}, the model's context "
-                              f"is {self.context}; shorten the prompt, or lower max_new_tokens")
+# %% ../../nbs/7_chat/74_batcher.ipynb #a63766d9
+@patch
+def check(self:Batch,
+          row:Row # That wants to join
+         )->None:
+    "Refuse what will never fit."
+    if (n := len(row.ids) + row.args.max_new_tokens) > self.context:
+        raise BantamError(f"{len(row.ids)} tokens and {row.args.max_new_tokens} new ones are "
+                          f"{n}, the model's context "
+                          f"is {self.context}; shorten the prompt, or lower max_new_tokens")
 
-    def add(self,
-            row:Row # Has said nothing yet
-           )->None:
-        "A row joins; its prompt is read during the next steps."
-        if not self.free:
-            raise BantamError(f"all {self.seats} seats are taken; wait until a row has ended")
-        self.check(row)
-        if self.why_alone: self.rows.append(row); self.steps = self.solo(row)
-        else: self.reading.append((row, KVCache(self.model.config.num_hidden_layers)))
+@patch
+def add(self:Batch,
+        row:Row # Has said nothing yet
+       )->None:
+    "A row joins; its prompt is read during the next steps."
+    if not self.free:
+        raise BantamError(f"all {self.seats} seats are taken; wait until a row has ended")
+    self.check(row)
+    if self.why_alone: self.rows.append(row); self.steps = self.solo(row)
+    else: self.reading.append((row, KVCache(self.model.config.num_hidden_layers)))
 
-    @torch.inference_mode()
-    def leave(self,
-              row:Row # Wherever it is
-             )->None:
-        "A row leaves, before its end or at it; unknown ones are gone already."
-        self.reading = deque(r for r in self.reading if r[0] is not row)
-        if row not in self.rows: return
-        i,last = self.rows.index(row),len(self.rows) - 1
-        if i < last and not self.why_alone:
-            self.cache.move(i, last); self.table[i] = self.table[last]
-        self.rows[i] = self.rows[last]
-        self.rows.pop()
-        if self.steps: self.steps.close(); self.steps = None
+@patch
+@torch.inference_mode()
+def leave(self:Batch,
+          row:Row # Wherever it is
+         )->None:
+    "A row leaves, before its end or at it; unknown ones are gone already."
+    self.reading = deque(r for r in self.reading if r[0] is not row)
+    if row not in self.rows: return
+    i,last = self.rows.index(row),len(self.rows) - 1
+    if i < last and not self.why_alone:
+        self.cache.move(i, last); self.table[i] = self.table[last]
+    self.rows[i] = self.rows[last]
+    self.rows.pop()
+    if self.steps: self.steps.close(); self.steps = None
 
 # %% ../../nbs/7_chat/74_batcher.ipynb #bbc99a61
 @patch

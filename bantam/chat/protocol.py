@@ -264,6 +264,7 @@ def _arguments(call, n):
     sound(value)
     return value
 
+# %% ../../nbs/7_chat/74b_protocol.ipynb #567fa17d
 def offered(ask:ChatRequest # What was asked
            )->list: # of `Tool`s that cannot be run here
     "The tools that the model may call."

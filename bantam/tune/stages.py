@@ -152,7 +152,7 @@ def reasoning_messages(fields:dict # A record
     if {"question", "answer"} <= fields.keys() and not fitting(fields):
         thought,mark,result = str(fields["answer"]).rpartition("####")
         if not mark or not thought.strip() or not result.strip():
-            raise BantamError("answer must be a solution, '####', and the result")
+            raise BantamError("answer must be a solution, then ####, then the result")
         thought = re.sub(r"<<.*?>>", "", thought).strip()
         return check_messages([dict(role="user", content=fields["question"]),
                                dict(role="assistant", thinking=thought, content=result.strip())])

@@ -127,7 +127,7 @@ def chat_loop(chat:BantamChat, # Who to talk with
         if name == "/exit": return
         try:
             if name == "/retry": speak(chat, chat.take_back(), write, tell)
-            elif line.startswith("/"): tell(chat.command(line))
+            elif name.startswith("/"): tell(chat.command(line))
             elif line.strip(): speak(chat, line, write, tell)
         except BantamError as e: tell(str(e), "error")
 

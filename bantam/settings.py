@@ -7,6 +7,7 @@ __all__ = ['explain', 'strict', 'positive', 'between', 'StrictLoader', 'yaml_lin
            'from_section', 'only_sections']
 
 # %% ../nbs/00b_settings.ipynb #0efdd221
+import copy
 import dataclasses
 import functools
 import re
@@ -79,17 +80,21 @@ StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float",
 
 def yaml_lines(node:yaml.Node, # A parsed document
                path:Path, # Its file, for messages
-               prefix:str="" # Key of the mapping around it
+               prefix:str="", # Key of the mapping around it
+               inside:tuple=() # The mappings around it
               )->dict: # {dotted key: line}
     "The line of every key of a YAML document; a key given twice is refused."
     lines = {}
     if not isinstance(node, yaml.MappingNode): return lines
+    if node in inside:
+        raise BantamError(f"{path} line {node.start_mark.line+1}: a mapping holds itself, by its "
+                          "alias; write it out")
     for k,v in node.value:
         key = f"{prefix}{k.value}"
         if key in lines:
             raise BantamError(f"{path} line {k.start_mark.line+1}: key '{key}' stands twice (first "
                               f"in line {lines[key]}); remove one")
-        lines |= {key: k.start_mark.line+1} | yaml_lines(v, path, f"{key}.")
+        lines |= {key: k.start_mark.line+1} | yaml_lines(v, path, f"{key}.", (*inside, node))
     return lines
 
 def load_settings(path # A `.yaml`, `.yml` or `.toml` file
@@ -124,7 +129,7 @@ def apply_overrides(data:dict, # What `load_settings` gave; it is not changed
                     overrides # Texts of the form `a.b=value`
                    )->dict: # A changed copy
     "Set values by their dotted names."
-    data = {k: dict(v) if isinstance(v, dict) else v for k,v in data.items()}
+    data = copy.deepcopy(data)
     for text in overrides:
         key,eq,value = text.partition("=")
         if not eq or not key.strip():

@@ -93,6 +93,8 @@ def new_folder(target # The folder that shall exist, whole, when the block ends
     """Yield a folder to fill; it becomes `target` when the block ends, and vanishes when the block
     raises."""
     target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise BantamError(f"{target} is a file, not a folder; choose another place")
     tmp = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
     old = tmp.with_name(tmp.name.replace(".tmp-", ".old-", 1))
     try:

@@ -99,7 +99,7 @@ def autocast(device:torch.device, # Where the products run
                                                   fp16=torch.float16)[precision])
 
 # %% ../nbs/00a_runtime.ipynb #26c071ae
-def tune_allocator(keep:int=2**30 # Bytes: smaller blocks, and free memory up to it, stay here
+def tune_allocator(keep:int=2**30 # Bytes: smaller blocks come from the heap, which keeps up to 2 GB
                   )->bool: # Was it done? (only glibc knows `mallopt`)
     """Let the C allocator keep memory between steps. glibc `malloc.h`: M_TRIM_THRESHOLD -1,
     M_TOP_PAD -2, M_MMAP_THRESHOLD -3."""

@@ -57,7 +57,7 @@ class ChatTemplate:
 
 TEMPLATES = {name: ChatTemplate(name, turns, **HABITS[name]) for name,turns in TURNS.items()}
 
-# %% ../../nbs/1_text/13_template.ipynb #7a3c555b
+# %% ../../nbs/1_text/13_template.ipynb #569f19e2
 class Piece(NamedTuple):
     "A stretch of the row."
     text:str # A control token, or ordinary text
@@ -73,6 +73,7 @@ def form(self:ChatTemplate,
     "Part of the table, cut into control tokens and the text between them."
     return [Piece(t, k % 2 == 1, n) for k,t in enumerate(self.marks.split(text)) if t]
 
+# %% ../../nbs/1_text/13_template.ipynb #7a3c555b
 def span(name:str, # Such as `THINK`
          text:str, # What stands in it
          n:int # Number of the message
@@ -96,6 +97,7 @@ def words(self:ChatTemplate,
     for call in m.get("tool_calls", []): out += span("TOOL_CALL", call_json(call), n)
     return out
 
+# %% ../../nbs/1_text/13_template.ipynb #1c7079ad
 @patch
 def turn(self:ChatTemplate,
          m:dict, # A checked message
@@ -128,6 +130,7 @@ def check_order(self:ChatTemplate,
         raise BantamError(f"template {self.name!r} writes the system's words in the first user's "
                           "turn, and there is none")
 
+# %% ../../nbs/1_text/13_template.ipynb #41d90b8f
 @patch
 def pieces(self:ChatTemplate,
            messages:list, # The conversation
@@ -257,6 +260,7 @@ def _expr(text):
 
 def _show(text): return "{{ " + _expr(text) + " }}" if text else ""
 
+# %% ../../nbs/1_text/13_template.ipynb #b4ff3f77
 SPANS = ("{% if message['thinking'] %}{{ '<|THINK_START|>' + message['thinking'] + '<|THINK_END|>' "
          "}}{% endif %}",
          "{% for call in message['tool_calls'] or [] %}{{ '<|TOOL_CALL_START|>' + ({'name': "
@@ -279,6 +283,7 @@ def _branch(self:ChatTemplate, role, t):
     return (_show(t.open) + "{% generation %}" + SPANS[0] + words + calls + _show(t.close)
             + "{% endgeneration %}" + _show(t.tail))
 
+# %% ../../nbs/1_text/13_template.ipynb #7b374cd1
 @patch
 def jinja(self:ChatTemplate)->str: # For `chat_template` in `tokenizer_config.json`
     "The template as a Jinja program."

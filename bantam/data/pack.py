@@ -153,6 +153,7 @@ def read_manifest(folder:str|Path # A shard folder
             if not isinstance(s.get(key), kind): raise bad(f"{key} of {name} is {s.get(key)!r}")
     return m
 
+# %% ../../nbs/2_data/24_pack.ipynb #11325141
 def open_shard(folder:Path, # The shard folder
                entry:dict, # Its entry in the manifest
                dtype:str, # Type of the ids

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 
 from ..core import BantamError
 from .pack import encode_record, is_text, token_dtype
+from .records import turn_text
 
 # %% ../../nbs/2_data/24b_work.ipynb #7bd9e646
 class Outcome(NamedTuple):
@@ -38,10 +39,9 @@ def spoken(record # A `Record`
           )->str:
     "The text of a record: its own, or what is said in its turns."
     if is_text(record): return record.text
-    return "\n".join(str(m.get("content", m.get("value", "")))
-                     for m in record.messages if isinstance(m, dict))
+    return "\n".join(map(turn_text, record.messages))
 
-# %% ../../nbs/2_data/24b_work.ipynb #b84889c5
+# %% ../../nbs/2_data/24b_work.ipynb #dd419cd2
 class Job:
     "The work on one group of records; the same in every process."
     def __init__(self,
@@ -67,7 +67,7 @@ class Job:
             if not self.cleaner or reasons[i]: continue
             cleaned,reasons[i] = self.cleaner(text)
             if is_text(records[i]): texts[i] = cleaned
-        ids = self._encode(records, texts, reasons, errors)
+        ids = self.encode(records, texts, reasons, errors)
         for i,d in enumerate(ids):
             if not reasons[i] and len(d) < self.least:
                 reasons[i] = f"shorter than {self.least} tokens"
@@ -79,15 +79,23 @@ class Job:
                            sum(lengths))
         return Outcome(flat, lengths, reasons, signatures, errors)
 
-    def _encode(self, records, texts, reasons, errors): # Ids of records without a reason
-        plain = [i for i,r in enumerate(records) if not reasons[i] and is_text(r)]
-        encoded = dict(zip(plain, self.tokenizer.encode_batch([texts[i] for i in plain],
-                                                              add_bos=True, add_eos=True)))
-        for i,r in enumerate(records):
-            if reasons[i] or i in encoded: continue
-            try: encoded[i] = encode_record(r, self.tokenizer, self.template)
-            except BantamError as e: reasons[i],errors[i] = "broken conversation",str(e)
-        return [encoded.get(i, ()) for i in range(len(records))]
+# %% ../../nbs/2_data/24b_work.ipynb #16fc2716
+@patch
+def encode(self:Job,
+           records:list, # `Record`s
+           texts:list, # Their texts as the cleaner left them
+           reasons:list, # Why each is dropped, or None; a broken conversation gets its reason here
+           errors:dict # {place: message}, filled for broken conversations
+          )->list: # Ids of each record; none where there is a reason
+    "Ids of what is not dropped."
+    plain = [i for i,r in enumerate(records) if not reasons[i] and is_text(r)]
+    encoded = dict(zip(plain, self.tokenizer.encode_batch([texts[i] for i in plain],
+                                                          add_bos=True, add_eos=True)))
+    for i,r in enumerate(records):
+        if reasons[i] or i in encoded: continue
+        try: encoded[i] = encode_record(r, self.tokenizer, self.template)
+        except BantamError as e: reasons[i],errors[i] = "broken conversation",str(e)
+    return [encoded.get(i, ()) for i in range(len(records))]
 
 # %% ../../nbs/2_data/24b_work.ipynb #c4ea84a1
 def groups(stream:Iterable, # Pairs of anything and a `Record`
@@ -121,6 +129,7 @@ def serve(fd:int # Number of the open pipe
             conn.send(answer)
     except (EOFError, OSError): pass
 
+# %% ../../nbs/2_data/24b_work.ipynb #ed38dd3b
 class Workers:
     "Processes that compute a job; used as a context."
     def __init__(self,

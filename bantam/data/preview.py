@@ -10,6 +10,7 @@ import html
 from itertools import groupby
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import BantamError
 from .loader import IGNORE, Batch
@@ -78,37 +79,43 @@ class Preview:
                 f"{c['targets']/c['places']:.1%} of the places ask for a token, "
                 f"{c['padding']/c['places']:.1%} are padding; y is x moved by one")
 
-    def terminal(self,
-                 colour:bool=True # False: targets in square brackets instead
-                )->str: # Lines
-        "The rows as text."
-        marks = ("\x1b[38;5;208m", "\x1b[0m", "\x1b[2m") if colour else ("[", "]", "")
-        def one(parts):
-            out,last = "",None
-            for doc,asked,text in parts:
-                bar = " | " if last not in (None, doc) else ""
-                out += bar + (f"{marks[2]}({text}){marks[1] if colour else ''}" if doc < 0
-                              else f"{marks[0]}{text}{marks[1]}" if asked else text)
-                last = doc
-            return out
-        return "\n".join([*(f"row {r}: {one(p)}" for r,p in zip(self.rows, self.parts)),
-                          f"{self.dataset!r}", self.summary()])
+# %% ../../nbs/2_data/26_preview.ipynb #4f13718b
+@patch
+def terminal(self:Preview,
+             colour:bool=True # False: targets in square brackets instead
+            )->str: # Lines
+    "The rows as text."
+    marks = ("\x1b[38;5;208m", "\x1b[0m", "\x1b[2m") if colour else ("[", "]", "")
+    def one(parts):
+        out,last = "",None
+        for doc,asked,text in parts:
+            bar = " | " if last not in (None, doc) else ""
+            out += bar + (f"{marks[2]}({text}){marks[1] if colour else ''}" if doc < 0
+                          else f"{marks[0]}{text}{marks[1]}" if asked else text)
+            last = doc
+        return out
+    return "\n".join([*(f"row {r}: {one(p)}" for r,p in zip(self.rows, self.parts)),
+                      f"{self.dataset!r}", self.summary()])
 
-    def __repr__(self)->str: return self.terminal(colour=False)
+@patch
+def __repr__(self:Preview)->str: return self.terminal(colour=False)
 
-    def _repr_html_(self)->str:
-        def one(part):
-            doc,asked,text = part
-            look = ("color:#888" if doc < 0 else "background:#f6c9a0;color:#000" if asked
-                    else f"background:#{'eee' if doc % 2 else 'ddd'};color:#000")
-            kind = "padding" if doc < 0 else "asked for" if asked else "read"
-            return f'<span title="document {doc}, {kind}" style="{look}">{html.escape(text)}</span>'
-        rows = "".join(f'<p style="margin:4px 0"><b>row {r}</b> {"".join(map(one, p))}</p>'
-                       for r,p in zip(self.rows, self.parts))
-        about = f"{html.escape(repr(self.dataset))}<br>{html.escape(self.summary())}"
-        return f'<div style="font-family:monospace">{rows}<p>{about}</p></div>'
+# %% ../../nbs/2_data/26_preview.ipynb #9de4b8b2
+@patch
+def _repr_html_(self:Preview)->str:
+    def one(part):
+        doc,asked,text = part
+        look = ("color:#888" if doc < 0 else "background:#f6c9a0;color:#000" if asked
+                else f"background:#{'eee' if doc % 2 else 'ddd'};color:#000")
+        kind = "padding" if doc < 0 else "asked for" if asked else "read"
+        return f'<span title="document {doc}, {kind}" style="{look}">{html.escape(text)}</span>'
+    rows = "".join(f'<p style="margin:4px 0"><b>row {r}</b> {"".join(map(one, p))}</p>'
+                   for r,p in zip(self.rows, self.parts))
+    about = f"{html.escape(repr(self.dataset))}<br>{html.escape(self.summary())}"
+    return f'<div style="font-family:monospace">{rows}<p>{about}</p></div>'
 
-    def page(self)->str: # A whole HTML document
-        "The rows as a page of its own."
-        return ('<!doctype html><meta charset="utf-8"><title>bantam: '
-                f'data</title>{self._repr_html_()}')
+@patch
+def page(self:Preview)->str: # A whole HTML document
+    "The rows as a page of its own."
+    return ('<!doctype html><meta charset="utf-8"><title>bantam: '
+            f'data</title>{self._repr_html_()}')

@@ -105,8 +105,8 @@ def as_record(data:dict, # What a line of JSON, or a row of a table, holds
         value,is_a = data[field],type(data[field]).__name__
         if isinstance(value, kind):
             if odd := [t for t in value if kind is list and not isinstance(t, dict)]:
-                raise BadRecord(f"{where} field '{field}' holds a {type(odd[0]).__name__} among its "
-                                "turns, not only objects; mend it", "wrong type")
+                raise BadRecord(f"{where} field '{field}' holds a {type(odd[0]).__name__} "
+                                "among its turns, not only objects; mend it", "wrong type")
             text,messages = (value, None) if kind is str else (None, value)
             return Record(text, messages, where, data)
         raise BadRecord(f"{where} field '{field}' is a {is_a}, not a {kind.__name__}; "

@@ -23,7 +23,7 @@ PIECE = 1 << 16 # characters, above which a text is cut
 EDGE = re.compile(r"(?<=\S)(?=\s)")
 
 def cut_text(text:str, # Any text
-             size:int=PIECE # Characters of a piece, at least (but for the last); at most twice as many
+             size:int=PIECE # Characters of a piece: so many (the last: fewer) to twice as many
             )->Iterator[str]: # Together they are the text
     "Cut a long text at the ends of words."
     start = 0

@@ -222,7 +222,7 @@ def save(self:BantamTokenizer,
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in ("tokenizer.json", "bpe_training_args.json"): (folder/old).unlink(missing_ok=True)
+        for n in ("tokenizer.json", "bpe_training_args.json"): (folder/n).unlink(missing_ok=True)
     except OSError as e:
         raise BantamError(f"cannot make the folder {folder}: {e.strerror}; choose another") from e
     basic = {f"{n}_token": t for n,t in (self.roles or BASIC).items()}

@@ -32,7 +32,7 @@ from ..text.tokenizer import BantamTokenizer
 class DataArgs:
     "How data are prepared."
     out_dir:str|None=None # The shard folder that is made
-    tokenizer:str="default" # Folder of a tokenizer, or `default`
+    tokenizer:str="default" # Folder of a tokenizer, or `default`, or `bytes`
     template:Literal["bantam", "chatml"]="bantam" # How conversations become tokens
     seed:int=0 # Of the order in which sources are mixed
     # What the weights of the sources are shares of
@@ -90,7 +90,8 @@ class DataPlan:
             if self.dedup: Deduplicator(**dataclasses.asdict(self.dedup))
         except BantamError as e: raise BantamError(f"{path}: {e}") from None
         name = self.args.tokenizer
-        self.tokenizer = BantamTokenizer.load(name if name == "default" else self.base/name)
+        named = name in ("default", "bytes")
+        self.tokenizer = BantamTokenizer.load(name if named else self.base/name)
         self.template = ChatTemplate.named(self.args.template)
         self.settings = self.deciding(values["sources"])
         self.digest = digest(self.settings)
@@ -136,6 +137,7 @@ def share_of(self:DataPlan,
     held = {k: math.ceil(n*f/(1-f)) for k,n in limits.items() if n}
     return type(source)(**dataclasses.asdict(source) | held)
 
+# %% ../../nbs/2_data/24d_plan.ipynb #9fd50eda
 @patch
 def work(self:DataPlan,
          score=None # Text -> bits per byte, where `clean` limits them

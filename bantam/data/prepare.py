@@ -123,7 +123,7 @@ def used(self:Side,
          record # A `Record`
         )->None:
     "Take a record into the running hash."
-    text = record.text if record.text is not None else json.dumps(record.messages)
+    text = record.text if record.text is not None else json.dumps(record.messages, default=str)
     data = text.encode("utf-8", "surrogatepass")
     self.hash.update(len(data).to_bytes(8, "little") + data)
 

@@ -25,6 +25,7 @@ def small_shape(width:int, # D
                 num_hidden_layers=layers, num_attention_heads=heads,
                 num_key_value_heads=heads, max_position_embeddings=context)
 
+# %% ../nbs/01b_presets.ipynb #662ad166
 def dense_shape(width:int, # D
                 inner:int, # F
                 layers:int, # L
@@ -40,6 +41,7 @@ def dense_shape(width:int, # D
     return shape | dict(attention_head_groups=[dict(query_heads=heads-1, kv_heads=G-1, head_dim=K),
                                                dict(query_heads=1, kv_heads=1, head_dim=K)])
 
+# %% ../nbs/01b_presets.ipynb #142b7a1b
 def expert_shape(width:int, # D
                  inner:int, # F, of the dense layers and of every expert
                  layers:int, # L
@@ -52,6 +54,7 @@ def expert_shape(width:int, # D
                        kv_heads) | dict(expert_type="topk", num_experts=experts,
                                         layer_configs=[dict(expert_type="dense")]*(layers//4))
 
+# %% ../nbs/01b_presets.ipynb #df60bb7e
 PRESETS = dict(
     tiny=small_shape(128, 4, 4, 128), small=small_shape(256, 6, 8, 256),
     medium=small_shape(512, 12, 8, 512), large=small_shape(768, 24, 12, 1024),

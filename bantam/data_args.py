@@ -26,7 +26,7 @@ class DataFields:
     # Width of the ids in a `.bin` file that has no manifest
     dataset_dtype:Literal["uint16", "uint32"]|None=None
     min_sample_token_length:int=8 # Shorter documents are left out when text is encoded
-    tokenizer:str|None=None # Folder of a tokenizer, or `default`
+    tokenizer:str|None=None # Folder of a tokenizer, or `default`, or `bytes`
     seq_len:int|None=None # Tokens of a row; None is the model's longest sequence
     document_mask:bool=True # Packed documents do not see each other
     # Rows of running text: blocks of the stream, or whole documents that start at BOS

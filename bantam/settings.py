@@ -78,6 +78,7 @@ StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float",
                                    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
                                    list("-+.0123456789"))
 
+# %% ../nbs/00b_settings.ipynb #d7c24b22
 def yaml_lines(node:yaml.Node, # A parsed document
                path:Path, # Its file, for messages
                prefix:str="", # Key of the mapping around it
@@ -97,6 +98,7 @@ def yaml_lines(node:yaml.Node, # A parsed document
         lines |= {key: k.start_mark.line+1} | yaml_lines(v, path, f"{key}.", (*inside, node))
     return lines
 
+# %% ../nbs/00b_settings.ipynb #1d936a9c
 def load_settings(path # A `.yaml`, `.yml` or `.toml` file
                  )->tuple: # The mapping, and {dotted key: line}
     "Read a settings file strictly; a missing, broken or doubled one is refused with its line."

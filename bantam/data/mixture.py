@@ -110,6 +110,7 @@ def stretch(seed:int, # Of the mixture
     key = blake2b(f"{seed}/{name}/{k}".encode(), digest_size=8).digest()
     return .5 + int.from_bytes(key, "big") / 2**64
 
+# %% ../../nbs/2_data/22_mixture.ipynb #47708699
 class Lane:
     "One source in the race: its clock, what it has used, and whether it has ended."
     def __init__(self,

@@ -87,6 +87,7 @@ class KVCache:
         if num_layers < 1: raise BantamError(f"a cache needs at least one layer, got {num_layers}")
         self.num_layers,self.reserve,self.made = num_layers,reserve,{}
         self.slots:dict[int|tuple,Slot] = {}
+        self.text:Tensor|None = None # (B,S) ids, where a model must read them again
 
     def new_slot(self,
                  layer:int # Whose
@@ -173,4 +174,4 @@ def pick(self:KVCache,
             new = old[rows_B]
             if new.shape == old.shape: old.copy_(new) # a static cache stays where it is
             else: setattr(s, name, new)
-    if hasattr(self, "text"): self.text = self.text[rows_B] # where a model reads again
+    if self.text is not None: self.text = self.text[rows_B]

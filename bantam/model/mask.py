@@ -192,10 +192,10 @@ def mask(self:Marks,
     near = [] if window is None else [within(window)]
     if near and sinks: near = [any_of(*near, is_sink(sinks))]
     if window is not None and window >= S: window,near = None,[]
-    for w,n,p,known in self.made:
-        if (w, n) == (window, sinks) and p is places: return known
     marked = [same_document] * (k.document is not None) + [not_padding] * (k.real is not None)
     if not (near or marked or alone) and places is None and self.T in (1, S): return None
+    for w,n,p,known in self.made:
+        if (w, n) == (window, sinks) and p is places: return known
     begin,q = None,k.since(self.past)
     if places is not None: k = k.at(places.clamp(max=S-1))._replace(place=places)
     elif torch.compiler.is_compiling(): pass # tiles are not for compilers

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,12 +31,15 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise BantamError(f"{folder} is no folder; give one that holds config.json and "
                               "model.safetensors")
-        self.config,index = (read_json(self.folder/"config.json"),
-                             self.folder/"model.safetensors.index.json")
-        files = (set(read_json(index)["weight_map"].values()) if index.is_file()
-                 else {"model.safetensors"})
-        for f in sorted(files):
-            if Path(f).name != f:
+        self.config = read_json(self.folder/"config.json")
+        index,files = self.folder/"model.safetensors.index.json",{"model.safetensors"}
+        if index.is_file():
+            try: files = set(read_json(index)["weight_map"].values())
+            except (KeyError, TypeError, AttributeError):
+                raise BantamError(f"{index} is no index: it must hold a weight_map from tensors "
+                                  "to files; take another copy") from None
+        for f in sorted(files, key=str):
+            if not isinstance(f, str) or Path(f).name != f:
                 raise BantamError(f"{index} names a file outside its folder: {f!r}; "
                                   "do not trust this checkpoint")
             if not (self.folder/f).is_file():
@@ -48,29 +52,33 @@ class Checkpoint:
                 raise BantamError(f"{self.folder/f} is damaged or not safetensors ({e}); "
                                   "take another copy") from e
 
-    def take(self,
-             name:str # As the family calls it
-            )->Tensor: # float32
-        "A tensor by its name; a missing one is refused."
-        if name not in self.where:
-            raise BantamError(f"{self.folder}: "
-                              f"tensor '{name}' is missing{nearest(name, self.where)}; "
-                              "is the checkpoint complete?")
-        self.taken.add(name)
-        with safe_open(self.where[name], "pt") as s: return s.get_tensor(name).float()
+# %% ../../nbs/9_ship/91_weights.ipynb #baac1dcc
+@patch
+def has(self:Checkpoint,
+        name:str # As the family calls it
+       )->bool: # Is it there?
+    "Whether the checkpoint has that tensor."
+    return name in self.where
 
-    def has(self,
-            name:str # As the family calls it
-           )->bool: # Is it there?
-        "Whether the checkpoint has that tensor."
-        return name in self.where
+@patch
+def take(self:Checkpoint,
+         name:str # As the family calls it
+        )->Tensor: # float32
+    "A tensor by its name; a missing one is refused."
+    if name not in self.where:
+        raise BantamError(f"{self.folder}: "
+                          f"tensor '{name}' is missing{nearest(name, self.where)}; "
+                          "is the checkpoint complete?")
+    self.taken.add(name)
+    with safe_open(self.where[name], "pt") as s: return s.get_tensor(name).float()
 
-    def left(self,
-             known:tuple=() # Endings and beginnings of names that may stay
-            )->list: # Names that nobody took
-        "What was not understood."
-        return sorted(n for n in self.where.keys() - self.taken if not n.endswith(known)
-                      and not n.startswith(known))
+@patch
+def left(self:Checkpoint,
+         known:tuple=() # Endings and beginnings of names that may stay
+        )->list: # Names that nobody took
+    "What was not understood."
+    return sorted(n for n in self.where.keys() - self.taken if not n.endswith(known)
+                  and not n.startswith(known))
 
 # %% ../../nbs/9_ship/91_weights.ipynb #7d11a4fe
 def halves(w:Tensor, # (..., R, D) rows of rotated features, or (..., R)
@@ -80,6 +88,7 @@ def halves(w:Tensor, # (..., R, D) rows of rotated features, or (..., R)
     R = w.shape[rows]
     return w.index_select(rows, torch.tensor([*range(0, R, 2), *range(1, R, 2)]))
 
+# %% ../../nbs/9_ship/91_weights.ipynb #579c9f08
 def attention_tensors(ck:Checkpoint, # Where from
                       at:str, # Prefix of the layer's attention there
                       c:BantamConfig # The shape as this layer sees it
@@ -97,6 +106,7 @@ def attention_tensors(ck:Checkpoint, # Where from
     if c.learned_sinks: out["sinks"] = ck.take(at + "sinks")
     return out
 
+# %% ../../nbs/9_ship/91_weights.ipynb #96ba519d
 def latent_tensors(ck:Checkpoint, # Where from
                    at:str, # Prefix of the layer's attention there
                    c:BantamConfig # The shape as this layer sees it
@@ -115,8 +125,6 @@ def latent_tensors(ck:Checkpoint, # Where from
     return out | {"q_a_proj.weight": ck.take(at + "q_a_proj.weight"),
                   "q_a_norm.weight": ck.take(at + "q_a_layernorm.weight"),
                   "q_b_proj.weight": queries(ck.take(at + "q_b_proj.weight"))}
-
-
 
 # %% ../../nbs/9_ship/91_weights.ipynb #afa589d6
 def ffn_tensors(ck:Checkpoint, # Where from
@@ -153,7 +161,7 @@ def ffn_tensors(ck:Checkpoint, # Where from
     if c.moe_bias_balancing: out["choice_bias"] = ck.take(e + "gate.e_score_correction_bias")
     return out
 
-# %% ../../nbs/9_ship/91_weights.ipynb #af52330b
+# %% ../../nbs/9_ship/91_weights.ipynb #156c3e70
 NORMS = dict(pre=dict(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
              post=dict(attn_post_norm="post_attention_layernorm",
                        ffn_post_norm="post_feedforward_layernorm"),
@@ -179,6 +187,7 @@ def llama_tensors(ck:Checkpoint, # Where from
         out = {n: t + 1 if "norm" in n else t for n,t in out.items()}
     return out
 
+# %% ../../nbs/9_ship/91_weights.ipynb #624710d9
 def gpt2_tensors(ck:Checkpoint, # Where from
                  c:BantamConfig # The whole shape
                 )->dict: # {our name: tensor}
@@ -187,6 +196,7 @@ def gpt2_tensors(ck:Checkpoint, # Where from
     out = {"embed_tokens.weight": ck.take(at + "wte.weight"),
            "embed_positions.weight": ck.take(at + "wpe.weight")} | {
                f"norm.{k}": ck.take(f"{at}ln_f.{k}") for k in ("weight", "bias")}
+    if not c.tie_word_embeddings: out["lm_head.weight"] = ck.take("lm_head.weight")
     names = {"attn_norm": "ln_1", "ffn_norm": "ln_2", "attn.qkv_proj": "attn.c_attn",
              "attn.o_proj": "attn.c_proj", "ffn.up_proj": "mlp.c_fc", "ffn.down_proj": "mlp.c_proj"}
     for i in range(c.num_hidden_layers):

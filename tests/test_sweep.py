@@ -34,7 +34,8 @@ def bantam(*words, **more):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+def test_a_sweep_that_is_broken_off_goes_on(tmp_path, number):
     texts(tmp_path/"texts")
     (tmp_path/"s.yaml").write_text("sweep_args: {out_dir: s, preset: tiny, trials: 3, sampler: "
                                    "random, prune: false}\nspace: {training_args.lr: {low: 0.001, "
@@ -46,12 +47,16 @@ def test_a_killed_sweep_goes_on(tmp_path):
              "training_args.valid_fraction=0.2", "training_args.eval_batches=1", *SMALL]
     words = [sys.executable, "-W", "ignore", "-m", "bantam", "sweep", "--config",
              str(tmp_path/"s.yaml"), *(w for g in given for w in ("--set", g))]
-    p = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                         text=True)
     for _ in range(600):
         time.sleep(.1)
         if list((tmp_path/"s/trial-0001/checkpoints").glob("step-*")) or p.poll() is not None: break
     assert p.poll() is None, "the sweep ended before it could be killed"
-    os.kill(p.pid, signal.SIGKILL); p.wait()
+    os.kill(p.pid, number)
+    _, said = p.communicate()
+    if number == signal.SIGINT:
+        assert p.returncode == 130 and "start it again to go on" in said, said
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 done" in done.stdout

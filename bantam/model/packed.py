@@ -90,7 +90,7 @@ class Int8Linear(nn.Module):
         # as attributes they would be looked for in three places each
         q,scale,bias = map(self._buffers.get, ("q", "scale", "bias"))
         rows = x.reshape(-1, self.in_features)
-        if self.fits and len(rows) <= FEW and packs(rows):
+        if self.fits and x.numel() <= FEW*self.in_features and packs(x):
             y = torch._weight_int8pack_mm(rows, q,
                                           scale if scale.dtype == x.dtype else scale.to(x.dtype))
         # sums of whole numbers would leave its range
@@ -108,11 +108,11 @@ class Int8Linear(nn.Module):
         "What `print` shows between the brackets."
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
 
-def packs(rows_MD:Tensor # What shall be multiplied
+def packs(x:Tensor # What shall be multiplied
          )->bool:
     "Is there a kernel on this device?"
-    if rows_MD.is_cpu: return True
-    return rows_MD.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(
+    if x.is_cpu: return True
+    return x.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(
         "aten::_weight_int8pack_mm", "CUDA")
 
 # %% ../../nbs/3_model/30b_packed.ipynb #5ee93e84

@@ -6,6 +6,7 @@
 __all__ = ['last_token', 'Classified', 'BantamForSequenceClassification']
 
 # %% ../../nbs/3_model/39d_classify.ipynb #47246ae2
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..config import BantamConfig
 from ..core import BantamError, new_folder, read_json, write_json
-from .files import fill, read_tensors, write_tensors
-from .layers import Linear
+from .files import (MODEL_FILES, beside, fill, read_config, read_tensors,
+                                write_tensors)
 from .inputs import check_ids
+from .layers import Linear
 from .lm import BantamForCausalLM
 
 # %% ../../nbs/3_model/39d_classify.ipynb #062ea9f2
@@ -47,6 +48,9 @@ class BantamForSequenceClassification(nn.Module):
                 ):
         super().__init__()
         if num_labels < 2: raise BantamError(f"num_labels must be at least 2, got {num_labels}")
+        if model.quantization:
+            raise BantamError("a quantised model cannot be the trunk of a classifier: the head "
+                              "must be trained on it; take the model that it was made of")
         self.model,self.num_labels = model,num_labels
         self.score = Linear(model.config.hidden_size, num_labels, bias=True)
         nn.init.zeros_(self.score.weight)
@@ -61,7 +65,7 @@ class BantamForSequenceClassification(nn.Module):
         marks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         h_BTD = self.model.hidden_states(input_ids, attention_mask=attention_mask)
         h_BD = h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), last_token(marks)]
-        logits = self.score(h_BD).float()
+        logits = self.score(h_BD.to(self.score.weight.dtype)).float()
         if labels is None: return Classified(logits)
         bad = ((labels < 0) | (labels >= self.num_labels)).nonzero()
         if len(bad):
@@ -70,34 +74,36 @@ class BantamForSequenceClassification(nn.Module):
         return Classified(logits, F.cross_entropy(logits, labels))
 
 # %% ../../nbs/3_model/39d_classify.ipynb #e444ba19
+BantamForSequenceClassification.load_weights = BantamForCausalLM.load_weights # asks any module
+
 @patch
 def save_pretrained(self:BantamForSequenceClassification,
-                    folder # Where to; made or replaced whole
+                    folder # Where to; made or replaced whole, other files in it are kept
                    )->Path: # The folder
     "Write `model.safetensors`, `config.json` and `classes.json`, durably."
-    with new_folder(Path(folder)) as tmp:
+    folder = Path(folder)
+    others = beside(folder, (*MODEL_FILES, "classes.json"))
+    with new_folder(folder) as tmp:
+        for p in others: shutil.copy2(p, tmp/p.name)
         write_tensors({n: t.contiguous() for n,t in self.state_dict().items()},
                       tmp/"model.safetensors")
         write_json(tmp/"config.json", self.model.config.to_dict())
         write_json(tmp/"classes.json", dict(num_labels=self.num_labels))
-    return Path(folder)
+    return folder
 
 @patch(cls_method=True)
 def from_pretrained(cls:BantamForSequenceClassification,
                     folder # What `save_pretrained` wrote
                    ):
-    "The classifier of a folder, in evaluation mode."
+    "The classifier of a folder, in 32 bits and evaluation mode."
     folder = Path(folder)
-    if not (folder/"classes.json").is_file():
+    told,file = folder/"classes.json",folder/"model.safetensors"
+    if not told.is_file():
         raise BantamError(f"{folder} holds no classifier (no classes.json); "
                           "start one with BantamForSequenceClassification(model, num_labels)")
+    classes = read_json(told)
+    if not (isinstance(classes, dict) and type(classes.get("num_labels")) is int):
+        raise BantamError(f"{told} must hold num_labels, a whole number; take another copy")
     with torch.device("meta"):
-        model = cls(BantamForCausalLM(BantamConfig(**read_json(folder/"config.json"))),
-                    read_json(folder/"classes.json")["num_labels"])
-    tensors = read_tensors(folder/"model.safetensors")
-    trunk = {n.removeprefix("model."): t for n,t in tensors.items() if n.startswith("model.")}
-    fill(model.model, trunk, folder/"model.safetensors")
-    model.score.to_empty(device="cpu")
-    model.score.load_state_dict(
-        {n.removeprefix("score."): t for n,t in tensors.items() if n.startswith("score.")})
-    return model.eval()
+        model = cls(BantamForCausalLM(read_config(folder)), classes["num_labels"])
+    return fill(model, read_tensors(file), file)

@@ -120,6 +120,7 @@ def submit(self:Engine,
         self.lock.notify()
     return job
 
+# %% ../../nbs/7_chat/74a_engine.ipynb #56b42310
 @patch
 def cancel(self:Engine,
            job:Job # Whose reader has gone

@@ -128,8 +128,8 @@ def searched(reader:Reader, # Feeds the model; has read nothing yet
                         len(ends.ids) + 3*bool(ends.texts) or 1,
                         args.length_penalty, args.repetition_penalty, args.no_repeat_ngram_size)
     if (fewest := min(map(len, found))) < num_samples:
-        raise BantamError(f"num_samples is {num_samples}, and the search has found {fewest} answers "
-                          "of that length; ask for fewer")
+        raise BantamError(f"num_samples is {num_samples}, and the search has found {fewest} "
+                          "answers of that length; ask for fewer")
     best = [beam for beams in found for beam in beams[:num_samples]]
     for t in range(max(len(b.ids) for b in best)):
         yield Step(torch.tensor([b.ids[t] if t < len(b.ids) else pad_id for b in best],

@@ -179,6 +179,7 @@ def adapter_values(folder # Of an adapter
                           f"got {values['base_model_name_or_path']!r:.60}")
     return values
 
+# %% ../../nbs/6_tune/61_lora.ipynb #fff1af57
 def load_adapter(model:BantamForCausalLM, # The base; changed
                  folder # As `peft` or `save_adapter` wrote it
                 )->BantamForCausalLM: # Merged, in evaluation mode

@@ -111,6 +111,7 @@ def check_pairs(messages:list # Checked messages
             raise BantamError(f"message {n}: two calls have the same id")
         waiting |= {*ids}
 
+# %% ../../nbs/6_tune/63_stages.ipynb #4d00a790
 def from_text(value, # JSON in a text, or what it would hold
               what:str # Names it in messages
              ):

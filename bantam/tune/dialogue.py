@@ -78,7 +78,7 @@ def read_dialogue(record, # A `Record` of room 21, or a plain dict of fields
         fields = record.data or {k: v for k,v in given.items() if v is not None}
     try:
         turns = turns_of(fields, schema)
-        weights = [turn_weight(t.get("weight", 1)) if isinstance(t, dict) else 1. for t in turns]
+        weights = [turn_weight(t.get("weight")) if isinstance(t, dict) else 1. for t in turns]
         plain = [{k: v for k,v in t.items() if k != "weight"} if isinstance(t, dict) else t
                  for t in turns]
         return Dialogue(check_messages(plain), weights, where)
@@ -86,7 +86,8 @@ def read_dialogue(record, # A `Record` of room 21, or a plain dict of fields
 
 def turn_weight(value # What the record says
                )->float:
-    "A weight: a number that is not negative."
+    "A weight: a number that is not negative; 1 where none is given."
+    if value is None: return 1.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise BantamError(f"a turn's weight must be a number from 0 up, got {value!r}")
     return float(value)

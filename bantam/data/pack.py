@@ -20,6 +20,7 @@ from typing import Iterable, Iterator
 import numpy as np
 
 from ..core import BantamError, digest, human, new_folder, read_json, sha256_file, write_json
+from ..text.messages import as_message
 
 # %% ../../nbs/2_data/24_pack.ipynb #b457ce88
 def is_text(record # A `Record` of room 21
@@ -36,7 +37,8 @@ def encode_record(record, # A `Record` of room 21: `text` or `messages`, and `wh
                  )->list[int]: # One document
     "Ids of one record: `BOS text EOS`, or its messages as the template writes them, closed by EOS."
     if is_text(record): return tokenizer.encode(record.text, add_bos=True, add_eos=True)
-    try: return template.encode(record.messages, tokenizer, include_eos=True).ids
+    turns = [as_message(t) for t in record.messages]
+    try: return template.encode(turns, tokenizer, include_eos=True).ids
     except BantamError as e: raise BantamError(f"{record.where}: {e}") from None
 
 # %% ../../nbs/2_data/24_pack.ipynb #8f170994

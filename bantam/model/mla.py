@@ -44,7 +44,7 @@ class MLA(nn.Module):
         if Q:
             self.q_a_proj,self.q_a_norm = Linear(D, Q, bias),RMSNorm(Q, c.rms_norm_eps)
             self.q_b_proj = Linear(Q, H*(N + R))
-        else: self.q_proj = Linear(D, H*(N + R), bias)
+        else: self.q_proj = Linear(D, H*(N + R))
         self.kv_a_proj,self.kv_a_norm = Linear(D, r + R, bias),RMSNorm(r, c.rms_norm_eps)
         self.kv_b_proj,self.o_proj = Linear(r, H*(N + V)),Linear(H*V, D, bias)
         (self.q_b_proj if Q else self.q_proj).muon_splits = (N + R,) * H # Muon: each head by itself

@@ -116,15 +116,17 @@ def latent_tensors(ck:Checkpoint, # Where from
     def queries(w): # (H*(n+r), in)
         parts = w.unflatten(0, (H, n + r))
         return torch.cat([parts[:,:n], halves(parts[:,n:])], 1).flatten(0, 1)
-    a = ck.take(at + "kv_a_proj_with_mqa.weight")
-    out = {"kv_a_proj.weight": torch.cat([a[:-r], halves(a[-r:])]),
-           "kv_a_norm.weight": ck.take(at + "kv_a_layernorm.weight"),
-           "kv_b_proj.weight": ck.take(at + "kv_b_proj.weight"),
-           "o_proj.weight": ck.take(at + "o_proj.weight")}
-    if c.q_lora_rank is None: return out | {"q_proj.weight": queries(ck.take(at + "q_proj.weight"))}
-    return out | {"q_a_proj.weight": ck.take(at + "q_a_proj.weight"),
-                  "q_a_norm.weight": ck.take(at + "q_a_layernorm.weight"),
-                  "q_b_proj.weight": queries(ck.take(at + "q_b_proj.weight"))}
+    out = {"kv_a_norm.weight": ck.take(at + "kv_a_layernorm.weight"),
+           "kv_b_proj.weight": ck.take(at + "kv_b_proj.weight")}
+    for kind in ("weight", "bias") if c.attention_bias else ("weight",):
+        a = ck.take(f"{at}kv_a_proj_with_mqa.{kind}")
+        out |= {f"kv_a_proj.{kind}": torch.cat([a[:-r], halves(a[-r:], 0)]),
+                f"o_proj.{kind}": ck.take(f"{at}o_proj.{kind}")}
+        if c.q_lora_rank: out[f"q_a_proj.{kind}"] = ck.take(f"{at}q_a_proj.{kind}")
+    last = "q_b_proj.weight" if c.q_lora_rank else "q_proj.weight"
+    out[last] = queries(ck.take(at + last))
+    if c.q_lora_rank: out["q_a_norm.weight"] = ck.take(at + "q_a_layernorm.weight")
+    return out
 
 # %% ../../nbs/9_ship/91_weights.ipynb #afa589d6
 def ffn_tensors(ck:Checkpoint, # Where from

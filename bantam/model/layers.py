@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         if self.bias is not None: nn.init.zeros_(self.bias)
 
 # %% ../../nbs/3_model/30_layers.ipynb #ad89a2d1
-def embed(ids:Tensor, # (B,T) token ids
+def embed(ids:Tensor, # (B,T) token ids, from 0 to V-1
           weight:Tensor # (V,D): one row per token
          )->Tensor: # (B,T,D)
     "The row of `weight` that belongs to each id."

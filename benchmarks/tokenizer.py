@@ -238,7 +238,8 @@ def main():
     else:
         from pydoc_data.topics import topics
         english = ["\n".join(topics[k] for k in sorted(topics))]
-    rounds, size = 1 if a.quick else 3, int((a.megabytes or (2 if a.quick else 10)) * 1e6)
+    rounds, learning = (1, 1) if a.quick else (3, 12)
+    size = int((a.megabytes or (2 if a.quick else 10)) * 1e6)
     enough = sum(len(t.encode("utf-8", "replace")) for t in texts)
     about, rows, ratios, spread, same, missing = machine(), [], {}, {}, [], []
 
@@ -258,7 +259,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         cores = min(2, about["cores"])
-        r = ask(folder, cut_bytes(texts, size), "train", cores, 4*rounds if rounds > 1 else 1,
+        r = ask(folder, cut_bytes(texts, size), "train", cores, learning,
                 size=8192 if a.quick else 16384)
         note("train", cores, r)
         for ours, kind in (("train_bpe", "texts"), ("trainbpe", "file")):
@@ -287,7 +288,8 @@ def main():
             ratio(key, r["times"]["bantam, from scratch"], [limit]*rounds)
 
     print(f"{enough/1e6:.1f} MB of text at hand ({bad} files that are not UTF-8 left out); "
-          f"{about['processor']}, {about['cores']} cores; median of {rounds} rounds, of {4*rounds if rounds > 1 else 1} in training\n")
+          f"{about['processor']}, {about['cores']} cores; median of {rounds} rounds, "
+          f"of {learning} in training\n")
     print(f"{'job':21s} {'contender':30s} {'cores':>5s} {'MB':>7s} {'seconds':>9s} {'MB/s':>7s} "
           f"{'tokens':>9s}  equal")
     for r in rows:

@@ -79,14 +79,15 @@ def sha256_written(file, # The open file, just written from `tensors`
 
 # %% ../../nbs/3_model/39a_files.ipynb #4e99219c
 def beside(folder:Path, # Where a model shall be saved
-           ours:tuple # Names of the files that a model consists of
+           ours:tuple # Names of what a model consists of
           )->list: # Files that stay
     "What else lies in a folder that is about to be replaced."
     if folder.is_file(): raise BantamError(f"{folder} is a file; give a folder to save in")
-    others = list(folder.iterdir()) if folder.exists() else []
+    found = list(folder.iterdir()) if folder.exists() else []
+    others = [p for p in found if p.name not in ours]
     if any(p.is_dir() for p in others):
         raise BantamError(f"{folder} holds other folders; give the model a folder of its own")
-    return [p for p in others if p.name not in ours]
+    return others
 
 MODEL_FILES = ("model.safetensors", "config.json", "quantization.json")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..args import TrainingArgs
 from ..config import BantamConfig
 from ..core import BantamError, new_folder, read_json, write_json
-from ..model.files import read_tensors, write_tensors
+from ..model.files import beside, read_tensors, write_tensors
 from ..model.lm import BantamForCausalLM
 from ..model.moe import Experts, MoE
 from ..model.router import Route, RouterStats, route
@@ -29,7 +29,7 @@ from ..text.template import ChatTemplate
 from ..text.tokenizer import BantamTokenizer
 from .checkpoint import newest_checkpoint, weights_folder
 from .distributed import Ranks
-from .experts import (alone, config_of, expert_file, is_split, join_experts,
+from .experts import (PARTS, alone, config_of, expert_file, is_split, join_experts,
                                   num_experts, on_demand, piece, routed, shapes_of, split_experts,
                                   write_parts)
 from .interrupt import check_same_run
@@ -164,10 +164,12 @@ def change(self:OneExpertLM,
 # %% ../../nbs/4_train/48a_turns.ipynb #125b21c5
 @patch
 def save_pretrained(self:OneExpertLM,
-                    folder # Where to; made or replaced whole
+                    folder # Where to; made or replaced whole, other files in it are kept
                    )->Path: # The folder
     "Write the shared weights, `config.json`, and every expert in a file of its own."
+    others = beside(Path(folder), PARTS)
     with new_folder(folder) as tmp:
+        for p in others: shutil.copy2(p, tmp/p.name)
         (tmp/"experts").mkdir()
         for i in range(self.E):
             if i != self.active: shutil.copy2(expert_file(self.waiting, i), expert_file(tmp, i))

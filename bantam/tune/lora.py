@@ -9,6 +9,7 @@ __all__ = ['lora_targets', 'adapter_weights', 'AdaptedLM', 'adapt', 'is_adapter'
 # %% ../../nbs/6_tune/61_lora.ipynb #2de2fbb1
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..args import SFTArgs
 from ..core import BantamError, nearest, new_folder, read_json, write_json
-from ..model.files import fill, read_tensors, write_tensors
+from ..model.files import beside, fill, read_tensors, write_tensors
 from ..model.lm import BantamForCausalLM
 
 # %% ../../nbs/6_tune/61_lora.ipynb #95aaa0da
@@ -145,7 +146,7 @@ def load_weights(self:AdaptedLM,
 # %% ../../nbs/6_tune/61_lora.ipynb #c26e04af
 @patch
 def save_adapter(self:AdaptedLM,
-                 folder, # Where to; made or replaced whole
+                 folder, # Where to; made or replaced whole, other files in it are kept
                  # Where the base model is; written down for whoever opens the adapter
                  base:str|None=None
                 )->Path: # The folder
@@ -155,11 +156,14 @@ def save_adapter(self:AdaptedLM,
     config = self.peft[0].peft_config["default"].to_dict() | dict(
         base_model_name_or_path=base, inference_mode=True)
     config["target_modules"] = sorted(config["target_modules"])
-    with new_folder(Path(folder)) as tmp:
+    folder = Path(folder)
+    others = beside(folder, ("adapter_model.safetensors", "adapter_config.json"))
+    with new_folder(folder) as tmp:
+        for p in others: shutil.copy2(p, tmp/p.name)
         save_file({n: t.detach().cpu().contiguous() for n,t in tensors.items()},
                   tmp/"adapter_model.safetensors", metadata=dict(format="pt"))
         write_json(tmp/"adapter_config.json", config)
-    return Path(folder)
+    return folder
 
 # %% ../../nbs/6_tune/61_lora.ipynb #1b70b341
 def is_adapter(folder # A folder

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from ..core import human, new_folder
+from ..model.files import MODEL_FILES
 from ..runtime import peak_memory
 from .report import environment, metric_curves, norm_curves, report_html
 from .track import full_row
@@ -20,11 +21,14 @@ RESUME_ONLY = ("optimizer.safetensors", "optimizer.json", "rng.safetensors", "tr
                "average.safetensors")
 
 def final_folder(checkpoint:Path, # The last checkpoint of the run
-                 target:Path, # The folder that is made
+                 target:Path, # The folder that is made; what others have put there stays
                  model=None # Has other weights, such as averages; None takes the checkpoint's
                 )->None:
     "The model of a checkpoint, as everything else reads it."
     with new_folder(target) as folder:
+        if target.exists():
+            shutil.copytree(target, folder, dirs_exist_ok=True,
+                            ignore=lambda at,_: MODEL_FILES if Path(at) == target else ())
         for f in checkpoint.iterdir():
             if f.is_file() and f.name not in RESUME_ONLY: shutil.copy2(f, folder/f.name)
         if model is None: return

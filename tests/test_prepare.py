@@ -312,3 +312,34 @@ def test_one_at_a_time(tmp_path):
         with pytest.raises(BantamError, match="another process is preparing"):
             prepare(DataPlan.from_yaml(config))
     prepare(DataPlan.from_yaml(config))
+
+
+def test_another_exam_is_noticed(tmp_path):
+    "What is forbidden is read, not its name: neither a half nor a whole folder mixes two exams."
+    config = corpus(tmp_path, n=100)
+    text = (tmp_path/"stories.jsonl").read_text()
+    exams = ["\n".join(text.splitlines()[i:i+20]) + "\n" for i in (0, 50)]
+    def run(exam, stories=text):
+        (tmp_path/"exam.jsonl").write_text(exam)
+        (tmp_path/"stories.jsonl").write_text(stories)
+        return prepare(DataPlan.from_yaml(config, ["data_args.contamination=exam.jsonl"]))
+    with pytest.raises(BantamError, match="not JSON"): run(exams[0], text + "{")
+    assert (tmp_path/"mix.partial"/"journal.json").exists()
+    with pytest.raises(BantamError, match="other settings .content.contamination"): run(exams[1])
+    made = run(exams[0])
+    assert run(exams[0]) == made and made["dropped"]["contaminated"]
+    with pytest.raises(BantamError, match="other settings .content.contamination"): run(exams[1])
+
+
+def test_a_dataset_lies_beside_the_settings(tmp_path, monkeypatch):
+    import datasets
+    home, away = tmp_path/"home", tmp_path/"away"
+    for place, word in ((home, "home"), (away, "away")):
+        datasets.Dataset.from_list([dict(text=f"{word} is where the hen sat on egg {i}")
+                                    for i in range(40)]).save_to_disk(place/"hens")
+    (home/"data.yaml").write_text("data_args: {valid_fraction: 0, num_workers: 0}\n"
+                                  "sources: [{hf_name: hens}]\n")
+    monkeypatch.chdir(away)
+    plan = DataPlan.from_yaml(home/"data.yaml")
+    assert {r.text[:4] for _, r in plan.mixture("train")} == {"home"}
+    assert [s.label for s in plan.sources] == ["hens"]

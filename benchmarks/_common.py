@@ -1,6 +1,6 @@
 """What every benchmark says about itself: the machine, the versions, and the last line. A script's
 folder is on its path, so `from _common import machine` finds this file."""
-import json, os, platform
+import json, os, platform, subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -38,8 +38,20 @@ def versions(*packages):
     return found
 
 
+def commit():
+    "What was measured: the commit, and `-dirty` where more than results differ from it."
+    def git(*words):
+        try: done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent,
+                                   capture_output=True, text=True)
+        except FileNotFoundError: return "" # a machine without git
+        return done.stdout.strip()
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "-dirty"*bool(changed)
+
+
 def report(result, file=None, **rows):
-    "Write `result` with all `rows` to `file`, and print it alone as the last line."
+    "Write `result`, the commit and all `rows` to `file`, and print it alone as the last line."
+    result = result | dict(commit=commit())
     if file:
         Path(file).absolute().parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(result | rows, indent=2) + "\n")

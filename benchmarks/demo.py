@@ -15,12 +15,6 @@ TARGETS = {"seconds of 600": 1.0, "memory of 2000 MB": 1.0, "exact on graded kin
 AT_MOST = ("seconds of 600", "memory of 2000 MB")
 
 
-def commit():
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                          capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("--quick", action="store_true",
@@ -46,7 +40,7 @@ def main():
         print(f"{k:32} {v:8.3f}   target {'at most' if k in AT_MOST else 'at least'} {TARGETS[k]}")
     result = dict(name="demo", ratios=ratios, targets=TARGETS, met=met,
                   machine=machine(OMP_WAIT_POLICY=s["wait_policy"]),
-                  versions=versions("torch", "tokenizers"), commit=commit(), summary=s,
+                  versions=versions("torch", "tokenizers"), summary=s,
                   conversation=json.loads((folder/"conversation.json").read_text()))
     if a.json:
         (ROOT/"nbs/images").mkdir(exist_ok=True)

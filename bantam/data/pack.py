@@ -37,8 +37,9 @@ def encode_record(record, # A `Record` of room 21: `text` or `messages`, and `wh
                  )->list[int]: # One document
     "Ids of one record: `BOS text EOS`, or its messages as the template writes them, closed by EOS."
     if is_text(record): return tokenizer.encode(record.text, add_bos=True, add_eos=True)
-    turns = [as_message(t) for t in record.messages]
-    try: return template.encode(turns, tokenizer, include_eos=True).ids
+    try:
+        turns = [as_message(t) for t in record.messages]
+        return template.encode(turns, tokenizer, include_eos=True).ids
     except BantamError as e: raise BantamError(f"{record.where}: {e}") from None
 
 # %% ../../nbs/2_data/24_pack.ipynb #8f170994

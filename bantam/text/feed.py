@@ -126,6 +126,8 @@ def note_long(text:str, # A piece
 GB = 10**9
 NEED = 78 # bytes of memory per byte that `WordCounter` counts
 BASE = GB//2 # what the program itself and the last piece take
+
+# %% ../../nbs/1_text/12a_feed.ipynb #e0017316
 TOGETHER = 1 << 16 # characters that are counted in one go
 
 def feed(texts:Iterable, # Records: a text, or a list of texts

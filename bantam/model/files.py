@@ -140,7 +140,7 @@ def load_weights(self:BantamForCausalLM,
     with torch.no_grad():
         for n,p in mine.items(): p.copy_(tensors[n])
 
-# %% ../../nbs/3_model/39a_files.ipynb #08772b39
+# %% ../../nbs/3_model/39a_files.ipynb #eba6c2c4
 @torch.no_grad()
 def fill(model:BantamForCausalLM, # Built on the `meta` device
          tensors:dict, # {name: tensor}
@@ -152,6 +152,7 @@ def fill(model:BantamForCausalLM, # Built on the `meta` device
     model.load_weights(tensors, where)
     return model.eval()
 
+# %% ../../nbs/3_model/39a_files.ipynb #34ba5b7d
 def read_config(folder:Path # Of a model
                )->BantamConfig:
     "The config of a model folder; what is wrong in it is told with the name of the file."
@@ -161,18 +162,7 @@ def read_config(folder:Path # Of a model
     try: return BantamConfig(**values)
     except BantamError as e: raise BantamError(f"{folder/'config.json'}: {e}") from None
 
-@patch(cls_method=True)
-def from_pretrained(cls:BantamForCausalLM,
-                    folder # What `save_pretrained` or training wrote
-                   ):
-    "The model of a folder, in 32 bits (a quantised one as it was saved), in evaluation mode."
-    folder = Path(folder)
-    if not folder.is_dir(): raise BantamError(f"{folder} is no folder; give one that holds a model")
-    config,file = read_config(folder),folder/"model.safetensors"
-    with torch.device("meta"): model = cls(config)
-    if (folder/"quantization.json").exists(): lay_out(model, folder/"quantization.json")
-    return fill(model, read_tensors(file), file)
-
+# %% ../../nbs/3_model/39a_files.ipynb #4e47ad3a
 def lay_out(model:BantamForCausalLM, # On the `meta` device
             file:Path # Its `quantization.json`
            )->None:
@@ -189,6 +179,19 @@ def lay_out(model:BantamForCausalLM, # On the `meta` device
     except BantamError as e: raise BantamError(f"{file}: {e}") from None
     model.to(getattr(torch, record["dtype"]))
     model.quantization = record
+
+# %% ../../nbs/3_model/39a_files.ipynb #61819a00
+@patch(cls_method=True)
+def from_pretrained(cls:BantamForCausalLM,
+                    folder # What `save_pretrained` or training wrote
+                   ):
+    "The model of a folder, in 32 bits (a quantised one as it was saved), in evaluation mode."
+    folder = Path(folder)
+    if not folder.is_dir(): raise BantamError(f"{folder} is no folder; give one that holds a model")
+    config,file = read_config(folder),folder/"model.safetensors"
+    with torch.device("meta"): model = cls(config)
+    if (folder/"quantization.json").exists(): lay_out(model, folder/"quantization.json")
+    return fill(model, read_tensors(file), file)
 
 # %% ../../nbs/3_model/39a_files.ipynb #07b35e8f
 @patch

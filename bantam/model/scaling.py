@@ -13,6 +13,7 @@ import math
 from collections import namedtuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..config import BantamConfig
@@ -151,6 +152,7 @@ def length_dependent(config:BantamConfig # The shape, as one layer sees it
     s = config.rope_scaling
     return config.pos_encoding == "rope" and s is not None and s["type"] in GROWING
 
+# %% ../../nbs/3_model/31a_scaling.ipynb #e2294545
 SPEEDS = {} # What `rope_inv_freq` gave, for rules that do not grow
 
 def fixed_speeds(dim:int, # Features that turn, R
@@ -168,6 +170,7 @@ def fixed_speeds(dim:int, # Features that turn, R
         SPEEDS[key] = made
     return made
 
+# %% ../../nbs/3_model/31a_scaling.ipynb #0d26b6f8
 def scaled_table(positions:Tensor, # (T,) or (B,T) places
                  dim:int, # Features that turn, R
                  theta:float, # Base as trained
@@ -187,7 +190,7 @@ def scaled_table(positions:Tensor, # (T,) or (B,T) places
     freqs,factors = zip(*map(speeds, some.tolist()))
     return angle_table(positions, torch.stack(freqs).to(positions.device)[which], factors[0])
 
-# %% ../../nbs/3_model/31a_scaling.ipynb #e2294545
+# %% ../../nbs/3_model/31a_scaling.ipynb #23b9b374
 class Angles:
     "Cosines and sines for the tokens of one forward pass; equal requests are answered once."
     def __init__(self,
@@ -219,20 +222,24 @@ class Angles:
         "What turns the queries, and the keys of this pass."
         return self.table(self.positions, None, dim, config)
 
-    def of_keys(self,
-                dim:int, # Head width K
-                config:BantamConfig, # The shape, as the layer sees it
-                places:Tensor|None=None # (S',) which keys are there; None is all
-               )->tuple[Tensor,Tensor]|None: # cos and sin, (S,R/2) or (B,S,R/2)
-        "What turns all keys, for rules that are `length_dependent`."
-        return self.table(self.key_positions, places, dim, config)
+# %% ../../nbs/3_model/31a_scaling.ipynb #4998d4dd
+@patch
+def of_keys(self:Angles,
+            dim:int, # Head width K
+            config:BantamConfig, # The shape, as the layer sees it
+            places:Tensor|None=None # (S',) which keys are there; None is all
+           )->tuple[Tensor,Tensor]|None: # cos and sin, (S,R/2) or (B,S,R/2)
+    "What turns all keys, for rules that are `length_dependent`."
+    return self.table(self.key_positions, places, dim, config)
 
-    def doubled(self,
-                table:tuple # cos and sin, from `of`
-               )->tuple[Tensor,Tensor]: # cos and sin, (T,1,R) or (B,T,1,R); sin half negated
-        "One table as whole heads are turned with it."
-        if self.last[0] is not table:
-            cos,sin = table
-            self.last = table,(torch.cat([cos, cos], -1).unsqueeze(-2),
-                               torch.cat([-sin, sin], -1).unsqueeze(-2))
-        return self.last[1]
+# %% ../../nbs/3_model/31a_scaling.ipynb #e6ce162f
+@patch
+def doubled(self:Angles,
+            table:tuple # cos and sin, from `of`
+           )->tuple[Tensor,Tensor]: # cos and sin, (T,1,R) or (B,T,1,R); sin half negated
+    "One table as whole heads are turned with it."
+    if self.last[0] is not table:
+        cos,sin = table
+        self.last = table,(torch.cat([cos, cos], -1).unsqueeze(-2),
+                           torch.cat([-sin, sin], -1).unsqueeze(-2))
+    return self.last[1]

@@ -301,3 +301,26 @@ def test_bias_balancing_moves_the_choice():
         model(ids(), targets=ids()); model.update_router_bias()
     bias = torch.stack([b.ffn.choice_bias for b in model.layers])
     assert bias.abs().max() >= .5 and math.isclose(bias.abs().max().item() % .5, 0, abs_tol=1e-6)
+
+
+def test_a_compiler_reads_the_model_as_one_program():
+    torch.manual_seed(0)
+    config = BantamConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, intermediate_size=24)
+    plain = BantamForCausalLM(config)
+    torch._dynamo.reset()
+    fast = torch.compile(plain, backend="aot_eager", fullgraph=True) # a break would be an error
+    ids, results = torch.randint(V, (2, 90)), []
+    for model in (plain, fast):
+        plain.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach()] + [p.grad.clone() for p in plain.parameters()])
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+    for model in (plain, fast):
+        with pytest.raises(BantamError, match=f"ids from {V} to {V}"):
+            model(torch.full_like(ids, V), labels=ids)
+        with pytest.raises(BantamError, match=f"target {V} at flat position 0"):
+            model(ids, targets=torch.full_like(ids, V))
+        with pytest.raises(BantamError, match="all 180 are -100"):
+            model(ids, targets=torch.full_like(ids, -100))

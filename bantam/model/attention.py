@@ -18,6 +18,7 @@ from .cache import KVCache
 from .flex import flex_attention
 from .layers import Linear, RMSNorm
 from .mask import Marks, Mask
+from .opaque import causal_node
 from .rope import rotary_heads, rotate
 from .scaling import Angles, length_dependent
 from .scores import ScoreRule, score_rule
@@ -116,13 +117,15 @@ def fastest(q_BHTK:Tensor, # Queries
             score:ScoreRule, # How products become scores
             sinks_H:Tensor|None, # Learned sinks
             dropout:float # Share of the probabilities that is dropped
-           )->str: # eager, sdpa, tiled or flex
+           )->str: # eager, sdpa, tiled, node or flex
     "What `attn_impl: auto` takes: the fastest way that is exact."
     fused = "sdpa" if score.softcap is None else "eager"
     few = q_BHTK.shape[2] <= SHORT and not torch.is_grad_enabled()
-    if few or q_BHTK.shape[2] == 1 or dropout or torch.compiler.is_compiling(): return fused
-    if q_BHTK.is_cpu: return "tiled"
     plain = mask is None and not score.asks and sinks_H is None
+    if few or q_BHTK.shape[2] == 1 or dropout: return fused
+    if torch.compiler.is_compiling():
+        return "node" if q_BHTK.is_cpu and plain and fused == "sdpa" else fused
+    if q_BHTK.is_cpu: return "tiled"
     return "flex" if q_BHTK.is_cuda and not (plain and fused == "sdpa") else fused
 
 def attend(q_BHTK:Tensor, # Queries
@@ -138,6 +141,7 @@ def attend(q_BHTK:Tensor, # Queries
     qkv,score = (q_BHTK, k_BGSK, v_BGSV),score or ScoreRule(q_BHTK.shape[-1]**-.5)
     if impl == "auto": impl = fastest(q_BHTK, mask, score, sinks_H, dropout)
     if impl == "tiled": return tiled_attention(*qkv, mask, score, sinks_H)
+    if impl == "node": return causal_node(*qkv, score.scale)
     if impl == "sdpa": return sdpa_attention(*qkv, mask, score, sinks_H, dropout)
     if impl == "eager": return eager_attention(*qkv, mask, score, sinks_H, dropout)
     return flex_attention(*qkv, mask, score, sinks_H)

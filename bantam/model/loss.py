@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'PLAIN', 'WIDENED', 'STRETCH', 'log_softmax', 'target_weights', 'check_targets', 'Shaping', 'cross_entropy',
-           'chunk_gradient', 'widened', 'gradient_in_place', 'loss_and_grads', 'add_product', 'LinearCrossEntropy',
-           'linear_cross_entropy']
+           'chunk_gradient', 'widened', 'gradient_in_place', 'product_type', 'loss_and_grads', 'add_product',
+           'handed_on', 'LinearCrossEntropy', 'loss_node', 'linear_cross_entropy']
 
 # %% ../../nbs/3_model/38_loss.ipynb #ad60e784
 from typing import NamedTuple
@@ -104,8 +104,7 @@ WIDENED = 2**20 # logits that a processor widens at a time
 def widened(z_CV:Tensor # Logits of a chunk
            )->int: # Rows
     "How many rows become 32-bit at a time: few on a processor with a cache, else all."
-    all_at_once = torch.compiler.is_compiling() or not z_CV.is_cpu
-    return len(z_CV) if all_at_once else max(1, WIDENED//z_CV.shape[1])
+    return max(1, WIDENED//z_CV.shape[1]) if z_CV.is_cpu else len(z_CV)
 
 def gradient_in_place(z_RV:Tensor, # A few rows of logits; become their gradient
                       targets_R:Tensor, # Words, or `IGNORE`
@@ -121,19 +120,24 @@ def gradient_in_place(z_RV:Tensor, # A few rows of logits; become their gradient
 # %% ../../nbs/3_model/38_loss.ipynb #d0fcde29
 STRETCH = 4096 # words whose gradient a processor widens at a time
 
+def product_type(w_VD:Tensor # Head
+                )->torch.dtype:
+    "What products with the head run in: autocast's type, or the head's own."
+    kind = w_VD.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w_VD.dtype
+
 def loss_and_grads(h_ND:Tensor, # Hidden states
                    w_VD:Tensor, # Head
                    targets_N:Tensor, # Words, or `IGNORE`
                    weights_N:Tensor, # Weight of each position
                    chunk:int, # Rows at a time
                    shaping:Shaping, # What is done besides cross entropy
-                   needs:tuple[bool,bool] # Whether the gradients of `h_ND` and of `w_VD` are wanted
+                   needs:tuple[bool,bool], # Whether the gradients of `h_ND` and of `w_VD` are wanted
+                   dtype:torch.dtype # What the products run in
                   )->tuple[Tensor,Tensor|None,Tensor|None]: # Weighted sum, its gradients to both
     "One pass over the rows, `chunk` at a time: logits, loss, gradients, forget."
-    kind = h_ND.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w_VD.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
+    with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
         x_ND,wc_VD = h_ND.to(dtype),w_VD.to(dtype)
         total = torch.zeros((), dtype=wide, device=h_ND.device)
         dh_ND = torch.empty_like(h_ND) if needs[0] else None
@@ -159,21 +163,64 @@ def add_product(sum_VD:Tensor, # Where to add
         for part_SD,a_SC in zip(sum_VD.split(STRETCH), a_VC.split(STRETCH)): part_SD += a_SC @ b_CD
 
 # %% ../../nbs/3_model/38_loss.ipynb #866e442a
+def handed_on(grad:Tensor|None, # A finished gradient
+              scale:Tensor # A number
+             )->Tensor|None: # Their product, in the place of `grad` unless the graph is kept
+    "What goes back to whom the gradient belongs."
+    if grad is None: return None
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    return grad * scale.to(grad.dtype) if again else grad.mul_(scale.to(grad.dtype))
+
 class LinearCrossEntropy(torch.autograd.Function):
     "Cross entropy of `h @ w.T` whose gradients are made in the forward pass."
     @staticmethod
     def forward(ctx, h_ND, w_VD, targets_N, weights_N, chunk, shaping):
-        needs = ctx.needs_input_grad[:2]
-        total,dh_ND,dw_VD = loss_and_grads(h_ND, w_VD, targets_N, weights_N, chunk, shaping, needs)
-        ctx.save_for_backward(dh_ND, dw_VD)
+        total,*grads = loss_and_grads(h_ND, w_VD, targets_N, weights_N, chunk, shaping,
+                                      ctx.needs_input_grad[:2], product_type(w_VD))
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale):
-        dh_ND,dw_VD = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return dh_ND, dw_VD, None, None, None, None
+        return *(handed_on(g, scale) for g in ctx.saved_tensors), None, None, None, None
 
+# %% ../../nbs/3_model/38_loss.ipynb #e43c0927
+@torch.library.custom_op("bantam::linear_cross_entropy", mutates_args=())
+def loss_node(h_ND:Tensor, # Hidden states
+              w_VD:Tensor, # Head
+              targets_N:Tensor, # Words, or `IGNORE`
+              weights_N:Tensor, # Weight of each position
+              chunk:int, # Rows at a time
+              smooth:float, # Label smoothing
+              zeta:float, # Weight of the z-loss
+              softcap:float|None, # Of the logits
+              needs:list[bool], # Whether the gradients of `h_ND` and of `w_VD` are wanted
+              dtype:torch.dtype # What the products run in
+             )->tuple[Tensor,Tensor,Tensor]: # Weighted sum, its gradients to both or empty ones
+    "`loss_and_grads` as one operation."
+    check_targets(targets_N, len(w_VD))
+    total,*grads = loss_and_grads(h_ND, w_VD, targets_N, weights_N, chunk,
+                                  Shaping(smooth, zeta, softcap), needs, dtype)
+    return total, *(h_ND.new_empty(0) if g is None else g for g in grads)
+
+@loss_node.register_fake
+def _(h_ND, w_VD, targets_N, weights_N, chunk, smooth, zeta, softcap, needs, dtype):
+    total = h_ND.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return total, *(torch.empty_like(x) if n else h_ND.new_empty(0)
+                    for x,n in zip((h_ND, w_VD), needs))
+
+def _save(ctx, inputs, output):
+    ctx.needs = inputs[-2]
+    ctx.save_for_backward(*output[1:])
+
+def _back(ctx, scale, *_):
+    grads = (g * scale.to(g.dtype) if n else None for g,n in zip(ctx.saved_tensors, ctx.needs))
+    return *grads, *[None]*8
+
+loss_node.register_autograd(_back, setup_context=_save)
+
+# %% ../../nbs/3_model/38_loss.ipynb #aac2acb8
 def linear_cross_entropy(h_ND:Tensor, # Hidden states
                          w_VD:Tensor, # Head; a tied embedding serves as it is
                          targets_N:Tensor, # Word that came next, or `IGNORE`
@@ -185,9 +232,13 @@ def linear_cross_entropy(h_ND:Tensor, # Hidden states
                          softcap:float|None=None # Logits become softcap * tanh(logit / softcap)
                         )->tuple[Tensor,Tensor]: # Weighted sum of the losses, sum of the weights
     "Cross entropy of the logits `h_ND @ w_VD.T`, never holding more than `chunk` rows of them."
-    check_targets(targets_N, len(w_VD))
     w_N = target_weights(targets_N, weights_N)
     chunk = chunk or max(64, min(1024, 2**24//len(w_VD)))
-    args = h_ND, w_VD, targets_N, w_N, chunk, Shaping(label_smoothing, z_loss_weight, softcap)
-    if torch.is_grad_enabled(): return LinearCrossEntropy.apply(*args), w_N.sum()
-    return loss_and_grads(*args, needs=(False,False))[0], w_N.sum()
+    args,learns = (h_ND, w_VD, targets_N, w_N, chunk),torch.is_grad_enabled()
+    shaping = Shaping(label_smoothing, z_loss_weight, softcap)
+    if torch.compiler.is_compiling() and h_ND.is_cpu:
+        needs = [learns and x.requires_grad for x in (h_ND, w_VD)]
+        return loss_node(*args, *shaping, needs, product_type(w_VD))[0], w_N.sum()
+    check_targets(targets_N, len(w_VD))
+    if learns: return LinearCrossEntropy.apply(*args, shaping), w_N.sum()
+    return loss_and_grads(*args, shaping, (False,False), product_type(w_VD))[0], w_N.sum()

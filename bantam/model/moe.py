@@ -79,7 +79,7 @@ def few_shapes(dtype:torch.dtype, # Of the products
     written = dtype == torch.bfloat16 and visits.token_M.is_cpu
     return written and len(visits.token_M) >= 2*ROWS*experts
 
-# %% ../../nbs/3_model/37a_moe.ipynb #bfc2f108
+# %% ../../nbs/3_model/37a_moe.ipynb #24c925a5
 def expert_width(config:BantamConfig # Of the layer
                 )->int: # F of one expert
     "`moe_intermediate_size`, or the width of the dense part."
@@ -109,24 +109,27 @@ class Experts(nn.Module):
             if n.endswith("bias"): p.zero_()
             else: p.normal_(std=p.shape[-1]**-.5)
 
-    def forward(self,
-                x_ND:Tensor, # All tokens
-                visits:Route # Who goes where
-               )->Tensor: # (N,D): for each token the weighted sum of what its experts say
-        kind,dtype = x_ND.device.type,x_ND.dtype
-        if torch.is_autocast_enabled(kind): dtype = torch.get_autocast_dtype(kind)
-        E = len(self.up_proj)
-        (token_M,expert_M,weight_M),end_E = in_blocks(visits, E, few_shapes(dtype, visits, E))
-        def times(name, x):
-            y,bias = (grouped_linear(x, getattr(self, f"{name}_proj"), end_E),
-                      getattr(self, f"{name}_bias"))
-            return y if bias is None else y + bias.to(dtype).index_select(0, expert_M)
-        x_MD = x_ND.to(dtype).index_select(0, token_M)
-        gate_MF = times("gate", x_MD) if "gate" in self.names else None
-        h_MF = inner(self.kind, times("up", x_MD), gate_MF)
-        if self.dropout: h_MF = F.dropout(h_MF, self.dropout, self.training)
-        y_MD = times("down", h_MF) * weight_M[:,None].to(dtype)
-        return torch.zeros_like(x_ND, dtype=dtype).index_add(0, token_M, y_MD)
+# %% ../../nbs/3_model/37a_moe.ipynb #bfc2f108
+@patch
+def forward(self:Experts,
+            x_ND:Tensor, # All tokens
+            visits:Route # Who goes where
+           )->Tensor: # (N,D): for each token the weighted sum of what its experts say
+    "The weighted answers, token by token."
+    kind,dtype = x_ND.device.type,x_ND.dtype
+    if torch.is_autocast_enabled(kind): dtype = torch.get_autocast_dtype(kind)
+    E = len(self.up_proj)
+    (token_M,expert_M,weight_M),end_E = in_blocks(visits, E, few_shapes(dtype, visits, E))
+    def times(name, x):
+        y,bias = (grouped_linear(x, getattr(self, f"{name}_proj"), end_E),
+                  getattr(self, f"{name}_bias"))
+        return y if bias is None else y + bias.to(dtype).index_select(0, expert_M)
+    x_MD = x_ND.to(dtype).index_select(0, token_M)
+    gate_MF = times("gate", x_MD) if "gate" in self.names else None
+    h_MF = inner(self.kind, times("up", x_MD), gate_MF)
+    if self.dropout: h_MF = F.dropout(h_MF, self.dropout, self.training)
+    y_MD = times("down", h_MF) * weight_M[:,None].to(dtype)
+    return torch.zeros_like(x_ND, dtype=dtype).index_add(0, token_M, y_MD)
 
 # %% ../../nbs/3_model/37a_moe.ipynb #0cc5d1fa
 class MoE(nn.Module):

@@ -87,6 +87,7 @@ class BlockMasks:
         while len(self.made) > self.cap: self.made.popitem(last=False)
         return self.made[key].to(device)
 
+# %% ../../nbs/3_model/33b_flex.ipynb #322fd02c
 KEPT = BlockMasks()
 
 def keep_block_masks(cap:int, # How many are kept
@@ -98,6 +99,7 @@ def keep_block_masks(cap:int, # How many are kept
     while len(KEPT.made) > cap: KEPT.made.popitem(last=False)
     return KEPT
 
+# %% ../../nbs/3_model/33b_flex.ipynb #293b6fc3
 def block_mask(mask:Mask|None, # None is plain causal
                T:int, # Queries
                S:int, # Keys
@@ -115,7 +117,7 @@ def block_mask(mask:Mask|None, # None is plain causal
     if "blocks" not in mask.made: mask.made["blocks"] = make()
     return mask.made["blocks"]
 
-# %% ../../nbs/3_model/33b_flex.ipynb #204f9be0
+# %% ../../nbs/3_model/33b_flex.ipynb #b087d3bb
 @contextmanager
 def unfused():
     "PyTorch's plain form of flex attention, without its compiler."
@@ -132,6 +134,7 @@ def compiled()->Callable:
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention)
 
+# %% ../../nbs/3_model/33b_flex.ipynb #204f9be0
 def flex_attention(q_BHTK:Tensor, # Queries
                    k_BGSK:Tensor, # Keys
                    v_BGSV:Tensor, # Values, of any width

@@ -129,9 +129,29 @@ def test_what_it_tells_is_true():
     told = torch.cat([s.logprobs_B for s in steps])
     torch.testing.assert_close(told, fresh.gather(1, text[0, 3:, None])[:, 0], rtol=1e-5, atol=2e-5)
     assert draft.tokens == 25 and 0 < draft.kept < draft.guessed and str(draft.kept) in draft.report
-    same = [model.generate(ids, draft=draft, seed=s, max_new_tokens=12, stop_ids=[])
-            for s in (3, 3, 4)]
-    assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
+
+
+def test_same_seed_same_text_whatever_the_draft_has_seen():
+    "Trust is learned anew in each answer, so an answer does not depend on those before it."
+    model, ids = model_of(), torch.tensor([[4, 5, 6]])
+    draft, how = Draft(noisy(model, .3)), dict(max_new_tokens=30, stop_ids=[])
+    same = [model.generate(ids, draft=draft, seed=s, **how) for s in (3, 4, 3)]
+    assert torch.equal(same[0], same[2]) and not torch.equal(same[0], same[1])
+    assert 0 < draft.kept < draft.guessed
+
+
+def test_experience_makes_a_draft_guess_on_or_stop():
+    "By its own probabilities alone a flat draft stops at once; kept guesses change that."
+    flat = dict(vocab_size=400, initializer_range=.02, tie_word_embeddings=False)
+    model, ids = model_of(**flat), torch.tensor([[4, 5, 6]])
+    how = PLAIN | dict(max_new_tokens=30, stop_ids=[])
+    per_pass = []
+    for other in (model, model_of(1, **flat)):
+        draft = Draft(other, ahead=4)
+        alone = model.generate(ids, **how)
+        assert torch.equal(model.generate(ids, draft=draft, **how), alone)
+        per_pass.append(draft.guessed / draft.passes)
+    assert per_pass[0] > 2 > 1.3 > per_pass[1]
 
 
 def test_text_stops_and_streams_as_ever():

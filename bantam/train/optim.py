@@ -28,6 +28,7 @@ class Seat(NamedTuple):
     splits:tuple # Rows of the matrices that are fused in it
     why:str # The reason, for people
 
+# %% ../../nbs/4_train/40b_optim.ipynb #35d49bf5
 def seat(name:str, # Of the parameter
          param:nn.Parameter, # The parameter
          owner:nn.Module, # The module that holds it
@@ -53,6 +54,7 @@ def seat(name:str, # Of the parameter
         home,why = "muon","hidden matrix" + (f", in {len(splits)} parts" if len(splits) > 1 else "")
     return Seat(name, param, home, not vector, splits, why)
 
+# %% ../../nbs/4_train/40b_optim.ipynb #e978829d
 def seats_of(model:nn.Module, # Any model
              optimizer:str="muon", # `adamw` seats everyone there
              exclude_embeddings:bool=True # Do word tables go to AdamW?
@@ -67,7 +69,7 @@ def seats_of(model:nn.Module, # Any model
     return all_ if optimizer == "muon" else [s._replace(home="adamw", why="optimizer: adamw")
                                              for s in all_]
 
-# %% ../../nbs/4_train/40b_optim.ipynb #7a2d762a
+# %% ../../nbs/4_train/40b_optim.ipynb #97267305
 class Optimizer:
     "Muon and AdamW side by side, each with its own parameters."
     def __init__(self,
@@ -90,29 +92,34 @@ class Optimizer:
         self.adamw = fused_adamw(groups, self.lr, (pick(a.muon_beta1, a.beta1),
                                                    pick(a.muon_beta2, a.beta2)), a.optim_eps)
 
-    def step(self,
-             lr_scale:float=1. # What the schedule says
-            )->None:
-        "One step of both."
-        self.muon.step(self.muon_lr * lr_scale)
-        if self.adamw is None: return
-        for g in self.adamw.param_groups: g["lr"] = self.lr * lr_scale
-        self.adamw.step()
+# %% ../../nbs/4_train/40b_optim.ipynb #031e2835
+@patch
+def step(self:Optimizer,
+         lr_scale:float=1. # What the schedule says
+        )->None:
+    "One step of both."
+    self.muon.step(self.muon_lr * lr_scale)
+    if self.adamw is None: return
+    for g in self.adamw.param_groups: g["lr"] = self.lr * lr_scale
+    self.adamw.step()
 
-    def zero_grad(self)->None:
-        "Forget the gradients."
-        for p in self.params: p.grad = None
+@patch
+def zero_grad(self:Optimizer)->None:
+    "Forget the gradients."
+    for p in self.params: p.grad = None
 
-    def clip_grad_norm(self,
-                       max_norm:float=0. # 0 only measures
-                      )->float: # The norm of the whole before clipping
-        """Clip all together, or Muon's weights one by one; when the norm is not finite, change
-        nothing."""
-        norm = clip_grad_norm(self.params, 0. if self.by_layer else max_norm)
-        if self.by_layer and 0 < max_norm < norm < float("inf"):
-            for p in self.muon.params: clip_grad_norm([p], max_norm)
-            clip_grad_norm([s.param for s in self.seats if s.home == "adamw"], max_norm)
-        return norm
+# %% ../../nbs/4_train/40b_optim.ipynb #7a2d762a
+@patch
+def clip_grad_norm(self:Optimizer,
+                   max_norm:float=0. # 0 only measures
+                  )->float: # The norm of the whole before clipping
+    """Clip all together, or Muon's weights one by one; when the norm is not finite, change
+    nothing."""
+    norm = clip_grad_norm(self.params, 0. if self.by_layer else max_norm)
+    if self.by_layer and 0 < max_norm < norm < float("inf"):
+        for p in self.muon.params: clip_grad_norm([p], max_norm)
+        clip_grad_norm([s.param for s in self.seats if s.home == "adamw"], max_norm)
+    return norm
 
 # %% ../../nbs/4_train/40b_optim.ipynb #c032f8e1
 def build_optimizer(model:nn.Module, # The model to train
@@ -145,6 +152,7 @@ def _named_state(self:Optimizer)->dict:
     of = lambda s: kept[id(s.param)] if s.home == "muon" else self.adamw.state[s.param]
     return {f"{s.name}.{k}": v for s in self.seats for k,v in of(s).items()}
 
+# %% ../../nbs/4_train/40b_optim.ipynb #830471f4
 def check_tensors(given:dict, # {name: tensor}, as a file has them
                   needed:dict, # {name: tensor}, as this run has them
                   what:str, # What they are, for the message
@@ -157,6 +165,7 @@ def check_tensors(given:dict, # {name: tensor}, as a file has them
             raise BantamError(f"{what}: '{name}' is {tuple(given[name].shape)}, "
                               f"the model needs {tuple(t.shape)}")
 
+# %% ../../nbs/4_train/40b_optim.ipynb #8d37c551
 @patch
 def state_dict(self:Optimizer)->tuple: # `({name: tensor}, settings)`, for safetensors and for JSON
     "All that a later run needs to go on exactly here."

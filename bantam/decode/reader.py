@@ -150,8 +150,6 @@ def in_rows(model:BantamForCausalLM # On a CPU
     return model.device.type == "cpu" and all(map(fused, model.shapes))
 
 # %% ../../nbs/5_decode/50c_reader.ipynb #eecfc739
-CHUNK = 2048 # columns of a prompt that are read in one pass
-
 class Reader:
     "Feeds a model the text so far and returns the scores of the next token."
     def __init__(self,
@@ -171,36 +169,22 @@ class Reader:
         self.first = self.read = self.fed = 0 # first column seen, columns in the cache, work
         self.cache,self.in_rows = None,in_rows(model)
 
-    def begin(self,
-              T:int # Columns of the text
-             )->None:
-        "An empty cache, and the columns that are seen from now on."
-        if not self.endless: self.start_B = visible_from(self.start_B, T, self.context)
-        self.first = self.read = self.start_B.min().item()
-        self.ragged = bool((self.start_B > self.first).any())
-        room = max(self.most, T + self.slack) - self.first
-        if self.kind == "static": room = -(-room // 256) * 256
-        if not self.endless: room = min(room, self.context)
-        slack = self.slack if self.kind == "rolling" else 0
-        if self.kind: self.cache = make_cache(self.model.config, self.kind, room, slack)
-
-    @torch.inference_mode()
-    def __call__(self,
-                 ids_BT:Tensor, # All ids so far; negative ids are padding
-                 last:int=1 # How many of the last columns are asked for
-                )->Tensor: # (B,V), or (B,last,V) when several are asked for
-        "Scores of the token that follows the last column, or each of the last columns."
-        T,afresh = ids_BT.shape[1],self.read == 0
-        if afresh or self.context and T - self.first > self.context: self.begin(T)
-        start = self.read if self.kind else self.first
-        while T - start > CHUNK + last and self.kind and not self.grows:
-            self.states(ids_BT, start, start + CHUNK)
-            start += CHUNK
-        with one_row if self.in_rows and len(ids_BT) == 1 == T - start else nullcontext():
-            h_BTD = self.states(ids_BT, start, T)
-            return self.model.head(h_BTD[:, -1] if last == 1 else h_BTD[:, -last:])
-
 # %% ../../nbs/5_decode/50c_reader.ipynb #dd5433c1
+@patch
+def begin(self:Reader,
+          T:int # Columns of the text
+         )->None:
+    "An empty cache, and the columns that are seen from now on."
+    if not self.endless: self.start_B = visible_from(self.start_B, T, self.context)
+    self.first = self.read = self.start_B.min().item()
+    self.ragged = bool((self.start_B > self.first).any())
+    room = max(self.most, T + self.slack) - self.first
+    if self.kind == "static": room = -(-room // 256) * 256
+    if not self.endless: room = min(room, self.context)
+    slack = self.slack if self.kind == "rolling" else 0
+    if self.kind: self.cache = make_cache(self.model.config, self.kind, room, slack)
+
+# %% ../../nbs/5_decode/50c_reader.ipynb #80919765
 @patch
 def states(self:Reader,
            ids_BT:Tensor, # All ids
@@ -217,6 +201,27 @@ def states(self:Reader,
         return compiled_step(self.model, new, mask_BS, self.cache)
     return self.model.hidden_states(new, attention_mask=mask_BS, cache=self.cache)
 
+# %% ../../nbs/5_decode/50c_reader.ipynb #8f412de8
+CHUNK = 2048 # columns of a prompt that are read in one pass
+
+@patch
+@torch.inference_mode()
+def __call__(self:Reader,
+             ids_BT:Tensor, # All ids so far; negative ids are padding
+             last:int=1 # How many of the last columns are asked for
+            )->Tensor: # (B,V), or (B,last,V) when several are asked for
+    "Scores of the token that follows the last column, or each of the last columns."
+    T,afresh = ids_BT.shape[1],self.read == 0
+    if afresh or self.context and T - self.first > self.context: self.begin(T)
+    start = self.read if self.kind else self.first
+    while T - start > CHUNK + last and self.kind and not self.grows:
+        self.states(ids_BT, start, start + CHUNK)
+        start += CHUNK
+    with one_row if self.in_rows and len(ids_BT) == 1 == T - start else nullcontext():
+        h_BTD = self.states(ids_BT, start, T)
+        return self.model.head(h_BTD[:, -1] if last == 1 else h_BTD[:, -last:])
+
+# %% ../../nbs/5_decode/50c_reader.ipynb #9249a495
 @patch
 def forget(self:Reader,
            columns:int # Columns to keep
@@ -226,6 +231,7 @@ def forget(self:Reader,
     if columns > self.first: self.cache.crop(columns - self.first)
     self.read = columns if columns > self.first else 0
 
+# %% ../../nbs/5_decode/50c_reader.ipynb #b5869c9b
 @patch
 def ahead(self:Reader,
           T:int # Columns of the text so far
@@ -238,6 +244,7 @@ def ahead(self:Reader,
         if not (s["type"] == "longrope" and n > trained): room = min(room, trained - n)
     return max(0, room)
 
+# %% ../../nbs/5_decode/50c_reader.ipynb #fc158a77
 @patch
 def pick(self:Reader,
          rows_B:Tensor # Which rows

@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--quick] [--json FILE] [--threads 2] [--rounds 3] [--no-compile]
 
-- One prompt, 128 new tokens, greedy: bantam in bf16, compiled, in int8 (`bantam.decode.quantize`), against `transformers` `generate` in bf16 with the best of its caches (dynamic, static).
+- One prompt, 128 new tokens, greedy: bantam in bf16 and in int8 (`bantam.decode.quantize`), both as they come and compiled, against `transformers` `generate` in bf16 with the best of its caches (dynamic, static). How many of the tokens a compiled step says first are those of the plain one is told: a compiler rounds in other places.
 - The first token of a prompt of 1000 tokens; a batch of 16 against a batch of 1; time per token of a rolling cache early in a long text and at its end, by turns.
 - Share of the memory bandwidth: bytes of the weights that a token reads, times tokens per second, over the speed of summing a large array.
 
@@ -98,6 +98,14 @@ def cost(model, tok, documents):
                                                       texts)/was - 1)
 
 
+def compiled_text(run):
+    "What a compiled run says, and the warning if it ran without the compiler."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        text = run()
+    return text, next((str(w.message) for w in seen if "compile=True" in str(w.message)), None)
+
+
 def one_model(name, ours, theirs, new, rounds, compiled):
     "Rows and ratios of one pair of models."
     import torch
@@ -113,14 +121,14 @@ def one_model(name, ours, theirs, new, rounds, compiled):
     small, why = quantized(ours)
     if small is None: missing[f"{name} int8"] = why
     else: contenders["bantam int8"] = us(small)
-    if compiled:
-        failed = []
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            us(ours, compile=True)()
-            failed = [str(w.message) for w in seen if "compile=True" in str(w.message)]
-        if failed: missing[f"{name} compiled"] = failed[0]
-        else: contenders["bantam compiled"] = us(ours, compile=True)
+    agree = {}
+    for label, model in {"compiled": ours, "int8 compiled": small}.items():
+        if not compiled or model is None: continue
+        text, failed = compiled_text(us(model, compile=True))
+        if failed: missing[f"{name} {label}"] = failed; continue
+        contenders[f"bantam {label}"] = us(model, compile=True)
+        same = (text == us(model)())[0, ids.shape[1]:]
+        agree[label] = same.int().cumprod(0).sum().item()
     times = race(contenders, rounds)
     best = min((n for n in times if n.startswith("transformers")),
                key=lambda n: statistics.median(times[n]))
@@ -129,7 +137,7 @@ def one_model(name, ours, theirs, new, rounds, compiled):
         b/a for a, b in zip(times[n], times[best])) for n in times if n.startswith("bantam")}
     weights = sum(p.numel() for p in ours.parameters())
     return dict(name=name, parameters=weights, rates=rate, best_peer=best, ratios=ratio,
-                missing=missing)
+                agree=agree, missing=missing)
 
 
 def first_token(ours, theirs, rounds, length=1000):
@@ -193,8 +201,8 @@ def main():
     speed, rows, lost = bandwidth(), [], None
     rows.append(one_model("llama, 15M", ours, theirs, new, rounds,
                           not args.no_compile and not args.quick))
-    ratios = {k: rows[0]["ratios"][k] for k in ("bf16", "compiled",
-                                                "int8") if k in rows[0]["ratios"]}
+    ratios = {k: rows[0]["ratios"][k] for k in ("bf16", "compiled", "int8", "int8 compiled")
+              if k in rows[0]["ratios"]}
     ratios["first token"], first = first_token(ours, theirs, rounds)
     ratios["batch of 16"] = batch(ours, new, rounds)
     roll = rolling(3000 if args.quick else 20_000)
@@ -222,6 +230,8 @@ def main():
             size = 1 if "int8" in n else 2
             times, share = rate/r["rates"][r["best_peer"]], rate*r["parameters"]*size/speed
             print(f"  {n:26}{rate:10.1f}{times:8.2f}{share:14.0%}")
+        for n, first in r["agree"].items():
+            print(f"  {n}: the first {first} of {new} tokens are those of the plain step")
     print(f"first token of 1000: {first['bantam']:.0f} ms, "
           f"transformers {first['transformers']:.0f} ms; batch of 16: {ratios['batch of 16']:.1f} "
           "times one row")

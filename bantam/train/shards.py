@@ -118,26 +118,28 @@ class WholeModel:
         "What `collect` brought."
         return self.tensors
 
-    def load_weights(self,
-                     tensors:dict, # {name: tensor}, whole
-                     where="the weights" # Their file, for messages
-                    )->None:
-        "Every rank takes its rows."
-        from torch.distributed.tensor import distribute_tensor
-        mine = self.model.state_dict()
-        for n in sorted(mine.keys() ^ tensors.keys()):
-            raise BantamError(f"{where}: tensor '{n}' is not in both file and model; "
-                              "is the config its own?")
-        with torch.no_grad():
-            for n,t in mine.items():
-                if tensors[n].shape != t.shape:
-                    raise BantamError(f"{where}: tensor '{n}' is {tuple(tensors[n].shape)}, "
-                                      f"the model's is {tuple(t.shape)}")
-                new = tensors[n].to(t.device, t.dtype)
-                t.copy_(distribute_tensor(new, t.device_mesh, t.placements,
-                                          src_data_rank=None) if hasattr(t, "device_mesh") else new)
-
     save_pretrained = BantamForCausalLM.save_pretrained
+
+# %% ../../nbs/4_train/43c_shards.ipynb #1c35ea00
+@patch
+def load_weights(self:WholeModel,
+                 tensors:dict, # {name: tensor}, whole
+                 where="the weights" # Their file, for messages
+                )->None:
+    "Every rank takes its rows."
+    from torch.distributed.tensor import distribute_tensor
+    mine = self.model.state_dict()
+    for n in sorted(mine.keys() ^ tensors.keys()):
+        raise BantamError(f"{where}: tensor '{n}' is not in both file and model; "
+                          "is the config its own?")
+    with torch.no_grad():
+        for n,t in mine.items():
+            if tensors[n].shape != t.shape:
+                raise BantamError(f"{where}: tensor '{n}' is {tuple(tensors[n].shape)}, "
+                                  f"the model's is {tuple(t.shape)}")
+            new = tensors[n].to(t.device, t.dtype)
+            t.copy_(distribute_tensor(new, t.device_mesh, t.placements,
+                                      src_data_rank=None) if hasattr(t, "device_mesh") else new)
 
 def storable(model, # A `BantamForCausalLM`, perhaps cut
              ranks:Ranks # Who shares it

@@ -41,6 +41,7 @@ def untouched(model:nn.Module # What is about to be examined
         for p,was in grads: p.grad = was
         set_rng_state(noise)
 
+# %% ../../nbs/4_train/47_doctor.ipynb #4526b1dd
 @contextmanager
 def awake(model:nn.Module # Matrices of it that hold nothing but zeros hide what stands before them
          ):
@@ -110,7 +111,7 @@ def check(name:str, # What the line is called
         return f
     return add
 
-# %% ../../nbs/4_train/47_doctor.ipynb #0a596f6d
+# %% ../../nbs/4_train/47_doctor.ipynb #3661828f
 @check("targets")
 def every_row_has_targets(patient:Patient # Its loader is read
                          )->Verdict:
@@ -124,6 +125,7 @@ def every_row_has_targets(patient:Patient # Its loader is read
     return Verdict("fatal" if empty == rows else "warning", f"{empty} of {rows} rows have none",
                    "check the loss mask (mask_user_queries, last_turn_only) and the length of rows")
 
+# %% ../../nbs/4_train/47_doctor.ipynb #dba82e1e
 @check("template")
 def marks_are_single_ids(patient:Patient # Its tokenizer and template are read
                         )->Verdict:
@@ -139,6 +141,7 @@ def marks_are_single_ids(patient:Patient # Its tokenizer and template are read
                    f"{name}: no single id for {', '.join(odd)}",
                    "use another template, or a tokenizer made by `bantam-cli trainbpe`")
 
+# %% ../../nbs/4_train/47_doctor.ipynb #0a596f6d
 @check("tokenizer")
 def tokenizer_belongs(patient:Patient # Its tokenizer, and where its weights come from
                      )->Verdict:
@@ -171,6 +174,7 @@ def loss_is_ln_v(patient:Patient # Its model reads two rows
                                         "or the initial weights are too large")
     return Verdict("ok", says + (", so the model knows something" if loss < .98*nothing else ""))
 
+# %% ../../nbs/4_train/47_doctor.ipynb #7e4330b2
 @check("gradient")
 def gradient_reaches_all(patient:Patient # Its model takes half a step on two rows
                         )->Verdict:
@@ -215,6 +219,7 @@ def loss_and_gradient(model:nn.Module, # Left in eval mode, without gradients
     for p in model.parameters(): p.grad = None
     return loss.item(),grads
 
+# %% ../../nbs/4_train/47_doctor.ipynb #ff0244d2
 @check("device", fast=False)
 def device_tells_the_truth(patient:Patient # Its model, and a copy of it on the CPU
                           )->Verdict:
@@ -259,7 +264,7 @@ def learns_one_batch(patient:Patient, # A copy of its model is trained
     if best < .3*losses[0]: return Verdict("ok", says)
     return Verdict("warning", says, "it learns slowly: is much of it frozen?")
 
-# %% ../../nbs/4_train/47_doctor.ipynb #a9698406
+# %% ../../nbs/4_train/47_doctor.ipynb #8f6c6d88
 def examine(model:nn.Module, # Will be trained; is left as it was
             loader, # Its training batches
             tokenizer:BantamTokenizer|None=None, # Made the data
@@ -281,6 +286,7 @@ def examine(model:nn.Module, # Will be trained; is left as it was
         found.append(verdict)
     return found
 
+# %% ../../nbs/4_train/47_doctor.ipynb #4b168caf
 def refuse(found:list # From `examine`
           )->None:
     "Raise when training could not work."
@@ -289,6 +295,7 @@ def refuse(found:list # From `examine`
         raise BantamError(
             "the doctor says no: " + "; ".join(f"{v.check}: {v.says}; {v.do}" for v in bad))
 
+# %% ../../nbs/4_train/47_doctor.ipynb #ff82248f
 class Checkup:
     "A callback of the trainer: the fast checks before the first step."
     def __init__(self,

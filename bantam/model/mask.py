@@ -142,6 +142,7 @@ def full_row(name:str, # Name of the argument, for the message
                           "one mark for every key, cached ones included")
     return marks
 
+# %% ../../nbs/3_model/32_mask.ipynb #0bdc5110
 def starts(document:Tensor # (B,S) ids
           )->Tensor: # (B,S) places
     "Where the stretch of equal ids that a token belongs to begins."
@@ -149,6 +150,7 @@ def starts(document:Tensor # (B,S) ids
     same = document[:,1:] == document[:,:-1]
     return torch.where(F.pad(same, (1, 0)), 0, place).cummax(-1).values
 
+# %% ../../nbs/3_model/32_mask.ipynb #eeb10634
 class Marks:
     "What is known about the tokens of one forward pass; every layer asks them for its mask."
     def __init__(self,

@@ -53,6 +53,7 @@ def summed(dtype:torch.dtype # What travels
         return done.then(lambda _: full if sent is full else full.copy_(sent))
     return hook
 
+# %% ../../nbs/4_train/43a_shared.ipynb #f1eaad3f
 @patch
 def wrap(self:Ranks,
          model:nn.Module, # On this rank's device; `fsdp` changes it in place
@@ -81,6 +82,7 @@ def wrap(self:Ranks,
     ddp.register_comm_hook(None, summed(wire))
     return ddp
 
+# %% ../../nbs/4_train/43a_shared.ipynb #652619d1
 @patch
 def hold(self:Ranks,
          runner:nn.Module, # From `wrap`

@@ -35,6 +35,7 @@ class Sample(NamedTuple):
     ids:list[int] # Tokens
     weights:list[float] # For each token, how much it counts as a target; 0 is not asked
 
+# %% ../../nbs/2_data/25a_rows.ipynb #1e0c88c0
 class RowDataset:
     """Whole samples side by side in rows of `seq_len`; each sees only itself, the rest of a row is
     padding."""
@@ -69,14 +70,17 @@ class RowDataset:
 
     def __len__(self)->int: return len(self.rows) - 1
 
-    def padding(self)->float: # Share of all places
-        "How much of the rows is padding."
-        return 1 - len(self.ids)/(len(self)*self.seq_len)
+# %% ../../nbs/2_data/25a_rows.ipynb #e8305543
+@patch
+def padding(self:RowDataset)->float: # Share of all places
+    "How much of the rows is padding."
+    return 1 - len(self.ids)/(len(self)*self.seq_len)
 
-    def __repr__(self)->str:
-        return (f"{human(self.samples)} samples in {human(len(self))} rows of {self.seq_len}, "
-                f"{self.padding():.1%} padding, {np.mean(self.weights > 0):.1%} of the tokens are "
-                "targets")
+@patch
+def __repr__(self:RowDataset)->str:
+    return (f"{human(self.samples)} samples in {human(len(self))} rows of {self.seq_len}, "
+            f"{self.padding():.1%} padding, {np.mean(self.weights > 0):.1%} of the tokens are "
+            "targets")
 
 # %% ../../nbs/2_data/25a_rows.ipynb #04b1c5fc
 @patch
@@ -139,15 +143,18 @@ class DocumentDataset:
 
     def __len__(self)->int: return len(self.rows) - 1
 
-    def padding(self)->float: # Share of all places
-        "How much of the rows is padding."
-        return 1 - self.kept/(len(self)*self.seq_len)
+# %% ../../nbs/2_data/25a_rows.ipynb #3f785ad4
+@patch
+def padding(self:DocumentDataset)->float: # Share of all places
+    "How much of the rows is padding."
+    return 1 - self.kept/(len(self)*self.seq_len)
 
-    def __repr__(self)->str:
-        return (f"{human(len(self))} rows of {self.seq_len} that start at BOS, "
-                f"{self.padding():.2%} padding; {1-self.kept/self.tokens:.2%} of "
-                f"{human(self.tokens)} tokens lost ({self.long} documents cut, "
-                f"{self.short} too short)")
+@patch
+def __repr__(self:DocumentDataset)->str:
+    return (f"{human(len(self))} rows of {self.seq_len} that start at BOS, "
+            f"{self.padding():.2%} padding; {1-self.kept/self.tokens:.2%} of "
+            f"{human(self.tokens)} tokens lost ({self.long} documents cut, "
+            f"{self.short} too short)")
 
 # %% ../../nbs/2_data/25a_rows.ipynb #f4eb8de1
 @patch

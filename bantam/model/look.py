@@ -57,6 +57,7 @@ def at_rest(model:BantamForCausalLM # Put back as it was afterwards
     try: yield model.eval()
     finally: model.train(was)
 
+# %% ../../nbs/3_model/39c_look.ipynb #9352a06a
 @dataclass
 class Recording:
     "What one forward pass looked like."
@@ -109,6 +110,7 @@ class Stage:
                          f"{self.low:9.3f} {self.mean:9.3f} {self.high:9.3f}")
         return f"{self.name:28s} {shape:14s} {self.dtype:9s} {numbers}  {self.note}".rstrip()
 
+# %% ../../nbs/3_model/39c_look.ipynb #e44c9c2c
 @torch.no_grad()
 def trace(model:BantamForCausalLM, # Stays as it is
           input_ids:Tensor # (B,T) ids

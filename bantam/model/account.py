@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from ..config import BantamConfig
 from ..core import BantamError, human
+from .ffn import GATES
 from .lm import BantamForCausalLM
 from .loss import STRETCH, WIDENED
 from .packed import Int8Linear
@@ -125,7 +126,9 @@ def block_bytes(config:BantamConfig, # The shape as a layer sees it
     c,k = config,1 if config.expert_type == "dense" else config.num_experts*expert_share(config)
     inner = (c.intermediate_size if c.expert_type == "dense"
              else (c.moe_intermediate_size or c.intermediate_size)*(k + c.moe_num_shared))
-    parts = (3 if c.ffn_type in ("swiglu", "geglu", "reglu", "glu", "clipped_swiglu") else 2)*inner
+    remade = c.expert_type == "dense" and not (c.mlp_bias or c.mlp_dropout)
+    parts = ((2 if remade else 3) if c.ffn_type in GATES else
+             3 if c.ffn_type == "clipped_swiglu" else 2)*inner
     # each expert's own copy of its tokens, what it gives, and the sum
     gathered = 0 if c.expert_type == "dense" else (2*k + 1)*c.hidden_size
     K = attention_width(c)//2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'PLAIN', 'FFN_TYPES', 'swiglu', 'gelu', 'GateMul', 'gate_mul', 'silu_mul', 'clipped_swiglu', 'squared_relu',
-           'inner', 'FeedForward']
+           'inner', 'GateDown', 'narrowed', 'FeedForward']
 
 # %% ../../nbs/3_model/36_ffn.ipynb #8e354829
 import torch
@@ -99,6 +99,33 @@ def inner(kind:str, # One of `FFN_TYPES`
     return clipped_swiglu(gate, up) if kind == "clipped_swiglu" else gate_mul(gate, up, kind)
 
 # %% ../../nbs/3_model/36_ffn.ipynb #e2f406c0
+class GateDown(torch.autograd.Function):
+    "`F.linear(switch(gate) * up, weight)`; keeps gate and up, and makes their product again."
+    @staticmethod
+    def forward(ctx, gate, up, weight, kind):
+        w,ctx.kind,ctx.dtype = weight.to(gate.dtype),kind,weight.dtype
+        ctx.save_for_backward(gate, up, w)
+        with torch.autocast(gate.device.type, enabled=False):
+            return F.linear(GATES[kind][0](gate).mul_(up), w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gate,up,w),(switch,back),dw = ctx.saved_tensors,GATES[ctx.kind],None
+        with torch.autocast(gate.device.type, enabled=False):
+            dh,s = grad @ w,switch(gate)
+            if ctx.needs_input_grad[2]:
+                dw = grad.flatten(0, -2).T @ (s*up).flatten(0, -2)
+                dw = dw.to(ctx.dtype)
+            return back(dh*up, gate),s.mul_(dh),dw,None
+
+# %% ../../nbs/3_model/36_ffn.ipynb #844b5b0b
+def narrowed(x:Tensor # Input of several products
+            )->Tensor: # In the type that autocast would give to each of them
+    "One 16-bit copy for all products that follow."
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
 class FeedForward(nn.Module):
     "Up, through a gate or a bend, and down again (Shazeer, 2020)."
     def __init__(self,
@@ -111,11 +138,23 @@ class FeedForward(nn.Module):
         if self.kind not in PLAIN: self.gate_proj = Linear(D, width, bias)
         self.up_proj,self.down_proj = Linear(D, width, bias),Linear(width, D, bias)
 
+    @property
+    def remakes(self)->bool:
+        "Is the product of gate and value made again on the way back?"
+        down,learns = self.down_proj,torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        bare = type(down) is Linear and down.bias is None
+        hooks = down._forward_hooks or down._forward_pre_hooks or down._backward_hooks
+        silent = not (self.dropout and self.training)
+        return bool(learns and bare and not hooks and silent and self.kind in GATES)
+
     def forward(self,
                 x_BTD:Tensor # What the norm gives
                )->Tensor: # (B,T,D), to be added to the residual stream
+        x_BTD = narrowed(x_BTD)
         gate_BTF = None if self.kind in PLAIN else self.gate_proj(x_BTD)
-        h_BTF = inner(self.kind, self.up_proj(x_BTD), gate_BTF)
+        up_BTF = self.up_proj(x_BTD)
+        if self.remakes: return GateDown.apply(gate_BTF, up_BTF, self.down_proj.weight, self.kind)
+        h_BTF = inner(self.kind, up_BTF, gate_BTF)
         if self.dropout: h_BTF = F.dropout(h_BTF, self.dropout, self.training)
         return self.down_proj(h_BTF)
 

@@ -132,7 +132,7 @@ def loss_and_grads(h_ND:Tensor, # Hidden states
                    weights_N:Tensor, # Weight of each position
                    chunk:int, # Rows at a time
                    shaping:Shaping, # What is done besides cross entropy
-                   needs:tuple[bool,bool], # Whether the gradients of `h_ND` and of `w_VD` are wanted
+                   needs:tuple[bool,bool], # Are the gradients of `h_ND` and of `w_VD` wanted?
                    dtype:torch.dtype # What the products run in
                   )->tuple[Tensor,Tensor|None,Tensor|None]: # Weighted sum, its gradients to both
     "One pass over the rows, `chunk` at a time: logits, loss, gradients, forget."

@@ -7,6 +7,7 @@ __all__ = ['tiles_node', 'tiles_back_node', 'causal_node', 'checked']
 
 # %% ../../nbs/3_model/33d_opaque.ipynb #cfff60f1
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -87,16 +88,13 @@ def causal_node(q_BHTK:Tensor, # Queries
     return tiles_node(q_BHTK, k_BGSK, v_BGSV, scale, keep)[0]
 
 # %% ../../nbs/3_model/33d_opaque.ipynb #4ba77a2a
-def checked(check:Callable # (tensor, limit) -> None; raises where a value is wrong
-           )->Callable: # (tensor, limit) -> the tensor
+def checked(check:Callable # (tensor, limit) -> the tensor; raises where a value is wrong
+           )->Callable: # The same
     "A check of values that does not cut a compiled program in two."
-    def asked(x:Tensor, limit:int)->Tensor:
-        check(x, limit)
-        return x.clone()
+    def asked(x:Tensor, limit:int)->Tensor: return check(x, limit).clone()
     node = torch.library.custom_op(f"bantam::{check.__name__}", asked, mutates_args=())
     node.register_fake(lambda x, limit: torch.empty_like(x))
+    @wraps(check)
     def passed(x, limit):
-        if torch.compiler.is_compiling() and x.is_cpu: return node(x, limit)
-        check(x, limit)
-        return x
+        return (node if torch.compiler.is_compiling() and x.is_cpu else check)(x, limit)
     return passed

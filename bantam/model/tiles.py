@@ -17,7 +17,7 @@ from .scores import ScoreRule
 
 # %% ../../nbs/3_model/33c_tiles.ipynb #24a4a993
 TILE = 64 # queries of a tile
-KEEP = 512 # tiles with more keys compute their probabilities again for the gradient
+KEEP = 256 # tiles with more keys compute their probabilities again for the gradient
 
 def stack(x_BHTK:Tensor, # Something of every query head
           G:int, # Key heads

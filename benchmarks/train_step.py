@@ -116,7 +116,7 @@ def contender(kind, tuned, precision, s, compiled):
     """Answer each line on stdin (a number of steps) with the seconds of each step; an empty line
     ends it."""
     import torch
-    from bantam.runtime import autocast, matmul_peak, peak_memory, tune_allocator
+    from bantam.runtime import autocast, peak_memory, tune_allocator
     if tuned: tune_allocator()
     model, loss_of, flops = build(kind, s)
     run = torch.compile(model) if compiled else model
@@ -137,12 +137,20 @@ def contender(kind, tuned, precision, s, compiled):
 
     first = [step()[1] for _ in range(3)][0]
     say = lambda **kw: print(json.dumps(kw), flush=True)
-    say(first=first, flops=flops, peak=matmul_peak(cpu, precision), threads=torch.get_num_threads())
+    say(first=first, flops=flops, threads=torch.get_num_threads())
     for line in sys.stdin:
         if not line.strip(): break
         step() # wakes threads and caches, untimed
         seconds, losses = zip(*(step() for _ in range(int(line))))
         say(seconds=seconds, loss=losses[-1], memory=peak_memory())
+
+
+def product_peak(precision):
+    "The machine's matrix products, in operations a second; in a process without a model."
+    code = ("import torch; from bantam.runtime import matmul_peak; "
+            f"print(matmul_peak(torch.device('cpu'), {precision!r}, repeats=50))")
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+                                text=True).stdout)
 
 
 # The one that asks them in turns
@@ -177,6 +185,7 @@ class Process:
 def compare(precision, shape, names, rounds, steps, compiled):
     """Let the contenders take turns; one row for each, and the ratios of the rounds of bantam to
     each peer."""
+    peak = product_peak(precision)
     runners = [Process(n, precision, shape, compiled) for n in names]
     for i in range(rounds):
         for r in runners[i % len(runners):] + runners[:i % len(runners)]: r.steps(steps)
@@ -187,7 +196,7 @@ def compare(precision, shape, names, rounds, steps, compiled):
         speed = s["batch"] * s["length"] / mid
         rows.append(dict(precision=precision, name=r.name, ms=mid*1e3,
                          quartiles=[low*1e3, high*1e3], steps=len(r.times), tokens_per_second=speed,
-                         peak_share=speed*r.about["flops"]/max(x.about["peak"] for x in runners),
+                         peak_share=speed*r.about["flops"]/peak,
                          memory_mb=r.last["memory"]/2**20,
                          first_loss=r.about["first"], last_loss=r.last["loss"],
                          threads=r.about["threads"]))

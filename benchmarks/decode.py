@@ -230,8 +230,8 @@ def main():
             size = 1 if "int8" in n else 2
             times, share = rate/r["rates"][r["best_peer"]], rate*r["parameters"]*size/speed
             print(f"  {n:26}{rate:10.1f}{times:8.2f}{share:14.0%}")
-        for n, first in r["agree"].items():
-            print(f"  {n}: the first {first} of {new} tokens are those of the plain step")
+        for n, same in r["agree"].items():
+            print(f"  {n}: the first {same} of {new} tokens are those of the plain step")
     print(f"first token of 1000: {first['bantam']:.0f} ms, "
           f"transformers {first['transformers']:.0f} ms; batch of 16: {ratios['batch of 16']:.1f} "
           "times one row")

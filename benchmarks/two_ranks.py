@@ -1,6 +1,6 @@
 """Two ranks beside one process, on the same two cores.
 
-    python benchmarks/two_ranks.py [--quick] [--json FILE]
+    python benchmarks/two_ranks.py [--quick] [--rounds N] [--ways one,ddp] [--json FILE]
 
 The same training steps (model of the small preset, Muon, the same rows in the same order) by one process with two threads, and by two ranks of gloo with
 one thread each, under `OMP_WAIT_POLICY=PASSIVE`. Tokens a second are those of the whole run. Rounds take turns; figures are medians. Also shown: what FSDP2
@@ -80,16 +80,23 @@ def main():
     p.add_argument("--seq-len", type=int, default=256, help="tokens of a row")
     p.add_argument("--accum-steps", type=int, default=4, help="micro-batches of a step")
     p.add_argument("--precision", default="auto", help="auto, bf16, fp32")
+    p.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    p.add_argument("--ways", default="one,ddp,bf16,fsdp,by hand",
+                   help="which of one, ddp, bf16, fsdp, by hand; one and ddp are needed")
     a = p.parse_args()
     names = {"one": "one process, two threads", "ddp": "two ranks, DDP",
              "bf16": "two ranks, DDP, bf16 sums", "fsdp": "two ranks, FSDP2",
              "by hand": "two ranks, summed afterwards"}
+    asked = a.ways.split(",")
+    if unknown := set(asked) - names.keys(): p.error(f"unknown way {', '.join(sorted(unknown))}")
+    if not {"one", "ddp"} <= set(asked): p.error("--ways needs one and ddp")
+    names = {w: n for w,n in names.items() if w in asked}
     job = (2 if a.quick else 8, a.preset, a.batch_size, a.seq_len, a.accum_steps, a.precision)
     speeds = {w: [] for w in names}
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "job.py")
         with open(file, "w") as f: f.write(WORK)
-        for _ in range(1 if a.quick else 5):
+        for _ in range(1 if a.quick else a.rounds):
             for way in names: speeds[way].append(run(file, way, job))
     medians, about = {w: statistics.median(s) for w, s in speeds.items()}, machine()
     print(f"{a.preset}, {a.accum_steps} x {a.batch_size} rows of {a.seq_len}, {a.precision}; "

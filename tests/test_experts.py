@@ -207,7 +207,7 @@ def test_memory_of_one_expert(data, tmp_path):
     print(f"in turns {turns/2**20:.0f} MB, one expert alone {one/2**20:.0f} MB, "
           f"all {joint/2**20:.0f} MB")
     assert turns <= 1.15*one, f"in turns {turns/2**20:.0f} MB, one expert alone {one/2**20:.0f} MB"
-    assert joint > 2*turns
+    assert joint > 1.8*turns
 
 
 @pytest.mark.slow

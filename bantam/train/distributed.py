@@ -10,7 +10,9 @@ import atexit
 import json
 import os
 import re
+import signal
 import socket
+import threading
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
@@ -294,6 +296,8 @@ def lost(self:Ranks,
     gone = isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe",
                                                          str(error))
     if self.size == 1 or not gone: return error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN) # until the sentence is out
     found = BantamError(f"rank {self.rank} lost another rank at {where}: it ended, was killed, "
                         f"or cannot be reached; {then}")
     try: first = dist.distributed_c10d._get_default_store().add("bantam/lost", 1) == 1

@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--quick] [--json FILE] [--threads 2] [--rounds 3] [--no-compile]
 
-- One prompt, 128 new tokens, greedy: bantam in bf16 and in int8 (`bantam.decode.quantize`), both as they come and compiled, against `transformers` `generate` in bf16 with the best of its caches (dynamic, static). How many of the tokens a compiled step says first are those of the plain one is told: a compiler rounds in other places.
+- One prompt, 128 new tokens, greedy: bantam in bf16 and in int8 (`bantam.decode.quantize`), both as they come and compiled, against `transformers` `generate` in bf16 with the best of its caches (dynamic, static). How many of the tokens a compiled step says first are those of the plain one is told: a compiler rounds in other places. What is asked of int8 is asked of the faster of the two, as it comes or compiled.
 - The first token of a prompt of 1000 tokens; a batch of 16 against a batch of 1; time per token of a rolling cache early in a long text and at its end, by turns.
 - Share of the memory bandwidth: bytes of the weights that a token reads, times tokens per second, over the speed of summing a large array.
 
@@ -218,7 +218,7 @@ def main():
         else:
             read, tok = from_gguf(file)
             smol, peer = twins(None, read)
-            rows.append(one_model("SmolLM2, 135M", smol, peer, new, rounds, False))
+            rows.append(one_model("SmolLM2, 135M", smol, peer, new, rounds, not args.no_compile))
             ratios |= {f"SmolLM2 {k}": v for k, v in rows[1]["ratios"].items()}
             missing |= rows[1]["missing"]
             del peer
@@ -241,7 +241,8 @@ def main():
         print(f"SmolLM2 on held-out stories: {lost['bits_per_byte']:.4f} bits per byte, "
               f"int8 {lost['int8']:+.2%} (at most 1 %)")
     for n, why in missing.items(): print(f"missing: {n}: {why}")
-    met = (all(k in ratios and ratios[k] >= t for k, t in TARGETS.items()) and lost is not None
+    reached = lambda k: max(ratios.get(k, 0), ratios.get(f"{k} compiled", 0) if "int8" in k else 0)
+    met = (all(reached(k) >= t for k, t in TARGETS.items()) and lost is not None
            and lost["int8"] <= .01)
     result = dict(name="decode", ratios={k: round(v, 3) for k, v in ratios.items()},
                   targets=TARGETS, met=met,

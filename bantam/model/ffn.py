@@ -115,9 +115,10 @@ class GateDown(torch.autograd.Function):
         with torch.autocast(gate.device.type, enabled=False):
             dh,s = grad @ w,switch(gate)
             if ctx.needs_input_grad[2]:
-                dw = grad.flatten(0, -2).T @ (s*up).flatten(0, -2)
-                dw = dw.to(ctx.dtype)
-            return back(dh*up, gate),s.mul_(dh),dw,None
+                rows = lambda x: x.reshape(-1, x.shape[-1])
+                dw = (rows(grad).T @ rows(s*up)).to(ctx.dtype)
+            dup = s.mul_(dh)
+            return back(dh.mul_(up), gate),dup,dw,None
 
 # %% ../../nbs/3_model/36_ffn.ipynb #844b5b0b
 def narrowed(x:Tensor # Input of several products

@@ -144,7 +144,8 @@ class FeedForward(nn.Module):
         "Is the product of gate and value made again on the way back?"
         down,learns = self.down_proj,torch.is_grad_enabled() and not torch.compiler.is_compiling()
         bare = type(down) is Linear and down.bias is None
-        hooks = down._forward_hooks or down._forward_pre_hooks or down._backward_hooks
+        hooks = any(getattr(down, f"_{k}_hooks")
+                    for k in ("forward", "forward_pre", "backward", "backward_pre"))
         silent = not (self.dropout and self.training)
         return bool(learns and bare and not hooks and silent and self.kind in GATES)
 

@@ -36,10 +36,9 @@ def _(q_BHTK, k_BGSK, v_BGSV, scale, keep):
     out = q_BHTK.new_empty(B, T, H, V).transpose(1, 2)
     if not keep: return out, [], []
     ends = [(a, min(a + TILE, int(T))) for a in range(0, int(T), TILE)]
-    rows = [B*G, H//G]
-    stacked = [q_BHTK.new_empty(rows[0], (b - a)*rows[1], K) for a,b in ends]
-    kept = [q_BHTK.new_empty(rows[0], (b - a)*rows[1], S - T + b) for a,b in ends
-            if S - T + b <= keep]
+    N,R = B*G,H//G
+    stacked = [q_BHTK.new_empty(N, (b - a)*R, K) for a,b in ends]
+    kept = [q_BHTK.new_empty(N, (b - a)*R, S - T + b) for a,b in ends if S - T + b <= keep]
     return out, stacked, kept
 
 # %% ../../nbs/3_model/33d_opaque.ipynb #db7ea1b8

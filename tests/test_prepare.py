@@ -90,12 +90,12 @@ class Driver:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, out, workers=0, kill_after=None, since=None):
-        """How it ended (-9: killed) and how long it took; `kill_after` seconds, counted from the
-        start, or from when the file `since` is there."""
+        """How it ended (9: killed) and how long it took; `kill_after` seconds, counted from the
+        start, or from when `since()` holds."""
         print(out, workers, file=self.process.stdin, flush=True)
         pid, begun = int(self.process.stdout.readline()), time.monotonic()
         if kill_after is not None:
-            while since and not since.exists() and Path(f"/proc/{pid}").exists(): time.sleep(.001)
+            while since and not since() and Path(f"/proc/{pid}").exists(): time.sleep(.001)
             time.sleep(kill_after)
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
@@ -111,28 +111,32 @@ def test_twenty_kills_end_in_the_same_bytes(tmp_path):
     config = corpus(tmp_path)
     driver, rng, partial, out = (Driver(config), random.Random(0), tmp_path/"out.partial",
                                  tmp_path/"out")
+
+    def finished():
+        "The shards that the journal calls finished."
+        journal = partial/"journal.json"
+        return json.loads(journal.read_text())["train"]["shards"] if journal.exists() else []
+
     code, took = driver.run(tmp_path/"whole")
     whole, kills, goes_on, left = files(tmp_path/"whole"), 0, 0, {}
     assert code == 0 and len(whole) > 12
     for turn in range(60):
-        # every third moment is one at which some shards are finished, however long the start takes
+        # every third kill waits until one shard more is finished, however long that takes
         late = turn % 3 == 2
         code, _ = driver.run(out, workers=int(turn % 8 == 7),
                              kill_after=rng.random()*took*(.2 if late else .9),
-                             since=partial/"journal.json" if late else None)
+                             since=(lambda: len(finished()) > len(left)) if late else None)
         assert code in (0, 9)
         kills += code == 9
-        if (partial/"journal.json").exists():
-            shards = json.loads((partial/"journal.json").read_text())["train"]["shards"]
-            assert all(sha256_file(partial/s["file"]) == s["sha256"] == whole[s["file"]]
-                       for s in shards)
-            now = {s["file"]: (partial/s["file"]).stat().st_mtime_ns for s in shards}
-            assert all(now[f] == t for f, t in left.items()), "a finished shard was made again"
-            goes_on += len(left) > 0
-            left = now
+        now = out if out.exists() else partial
+        assert all((now/f).stat().st_mtime_ns == t for f, t in left.items()), "made again"
+        goes_on += len(left) > 0
+        assert all(sha256_file(partial/s["file"]) == s["sha256"] == whole[s["file"]]
+                   for s in finished())
+        left = {s["file"]: (partial/s["file"]).stat().st_mtime_ns for s in finished()}
         if out.exists(): # it got to its end: once more from the beginning
             assert files(out) == whole and not partial.exists()
-            shutil.rmtree(out); left = {}
+            shutil.rmtree(out)
         if kills == 20: break
     assert kills == 20 and goes_on > 3, "kills came too late or too early"
     assert driver.run(out)[0] == 0 and files(out) == whole and not partial.exists()

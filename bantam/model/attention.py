@@ -93,13 +93,15 @@ def sdpa_attention(q_BHTK:Tensor, # Queries
         q_BHTK,k_BGSK,v_BGSV = with_sink(q_BHTK, k_BGSK, v_BGSV, sinks_H, score.scale)
         seen,bias = F.pad(seen, (1, 0), value=True),None if bias is None else F.pad(bias, (1, 0))
     if bias is not None: seen = torch.where(seen, bias, -torch.inf).to(q_BHTK.dtype)
+    if T == 1 and H == G and q_BHTK.is_cpu and q_BHTK.dtype.itemsize == 2: # ask twice
+        q_BHTK = q_BHTK.expand(-1, -1, 2, -1)
     if T == 1 and H != G: # heads that share keys become rows
         q_BHTK = q_BHTK.reshape(-1, G, H//G, q_BHTK.shape[-1])
         if seen is not None and seen.shape[1] == H: seen = seen.reshape(-1, G, H//G, seen.shape[-1])
     out = F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSV, seen, dropout, is_causal=seen is None and T > 1,
         scale=score.scale, enable_gqa=q_BHTK.shape[1] != G)[...,:V]
-    return out.reshape(-1, H, T, V)
+    return out[:,:,:1] if T == 1 and H == G else out.reshape(-1, H, T, V)
 
 # %% ../../nbs/3_model/34_attention.ipynb #09b66573
 def check_impl(config:BantamConfig # The shape of a layer

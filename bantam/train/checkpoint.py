@@ -27,7 +27,7 @@ from .. import __version__
 from ..args import TrainingArgs
 from ..core import (BantamError, digest, new_folder, read_json, sha256_file, sweep,
                          write_durable, write_json)
-from ..model.files import WATCHING, read_tensors, sha256_written
+from ..model.files import WATCHING, read_tensors, sha256_pieces, write_tensors
 from ..runtime import rng_state, set_rng_state
 
 log = logging.getLogger("bantam")
@@ -55,17 +55,12 @@ def fill(folder:Path, # An empty folder
          optimizer, # Has `state_dict`
          state:dict, # What else the run must remember, ready for JSON
          args:TrainingArgs, # What the run was told
-         extra=None, # Called with the folder, writes what few runs have: averaged weights, experts
-         done=lambda path,tensors: None # Called with the file of the optimiser when it is written
+         extra=None # Called with the folder, writes what few runs have: averaged weights, experts
         )->None:
     "Write every file but the manifest."
     tensors,settings = optimizer.state_dict()
-    def theirs():
-        save_file(whole := {k: t.contiguous() for k,t in tensors.items()},
-                  file := folder/"optimizer.safetensors")
-        done(file, whole)
     with ThreadPoolExecutor(1) as beside:
-        written = beside.submit(theirs)
+        written = beside.submit(write_tensors, tensors, folder/"optimizer.safetensors")
         collect(model.save_pretrained, folder)
         written.result()
     if tokenizer is not None: collect(tokenizer.save, folder)
@@ -92,19 +87,25 @@ class Seal:
                  folder:Path # The folder
                 ):
         self.folder,self.pool,self.open,self.work = folder,ThreadPoolExecutor(4),ExitStack(),{}
-    def __enter__(self): WATCHING.append(self.take); return self
+    def __enter__(self): WATCHING.append(self.watch); return self
     def __exit__(self, *error):
-        WATCHING.remove(self.take)
+        WATCHING.remove(self.watch)
         with self.open: self.pool.shutdown(cancel_futures=True)
+
+    def watch(self,
+              pieces # Gives the bytes of a file that is about to be written
+             ): # Called with the path when the file is there
+        "Hash a file from memory while somebody writes it."
+        hashed = self.pool.submit(sha256_pieces, pieces)
+        return lambda path: self.take(path, hashed)
 
     def take(self,
              path:Path, # A finished file; it may be renamed, but must not change any more
-             tensors:dict|None=None # What was written to it, in memory; None reads it
+             hashed=None # Its hash in the making; None reads the file
             )->None:
         "Begin with a file."
         file = self.open.enter_context(open(path, "rb")) # open, it keeps its number
-        hashed = (self.pool.submit(sha256_file, path) if tensors is None
-                  else self.pool.submit(sha256_written, file, tensors))
+        if hashed is None: hashed = self.pool.submit(sha256_file, path)
         synced = self.pool.submit(lambda: os.fsync(file.fileno()))
         self.work[trace(os.fstat(file.fileno()))] = hashed,synced
 
@@ -299,7 +300,7 @@ def save_checkpoint(run_dir, # The run folder
                                python=platform.python_version()))
     try:
         with new_folder(target) as folder, Seal(folder) as seal:
-            fill(folder, step, model, tokenizer, optimizer, state, args, extra, seal.take)
+            fill(folder, step, model, tokenizer, optimizer, state, args, extra)
             seal.close(about)
         SEEN[str(target)] = traces(target) # The seal knows every hash
         for name in ["latest"] + ["best"]*best + [f"tags/{args.save_tag}"]*bool(args.save_tag):

@@ -192,7 +192,8 @@ def moments(self:BantamForCausalLM,
             | {"logits and their gradients": logits},
             "way back": held | dict(
                 gradients=4*P, activations=stream/2 if not again else 5*D*N + whole),
-            "shared table": held | dict(gradients=4*P + 8*V*D*c.tie_word_embeddings, activations=0),
+            "shared table": held | dict(
+                gradients=4*P + c.tie_word_embeddings*D*(8*V if fused else 4*N), activations=0),
             "optimiser": held | dict(gradients=4*P, activations=0)
             | {"optimiser's workspace": 10*min(hidden, 2**22)*(state < 8*P)}}
 

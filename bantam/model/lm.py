@@ -151,10 +151,14 @@ def train(self:BantamForCausalLM,
 @patch
 def embedded(self:BantamForCausalLM,
              input_ids:Tensor, # (B,T) ids
-             positions:Tensor # (T,) or (B,T)
+             positions:Tensor, # (T,) or (B,T)
+             rows:bool=False # Shall the gradient of the table be that of the rows alone?
             )->Tensor: # (B,T,D)
     "The stream as it enters the first block."
-    c,x_BTD = self.config,self.embed_tokens(input_ids)
+    c,table = self.config,self.embed_tokens
+    table.sparse = rows
+    x_BTD = table(input_ids)
+    table.sparse = False
     if c.scaled_embeddings: x_BTD = x_BTD * c.hidden_size**.5
     if c.pos_encoding == "learned": x_BTD = x_BTD + self.embed_positions(positions)
     if c.pos_encoding == "sinusoidal":
@@ -170,7 +174,8 @@ def hidden_states(self:BantamForCausalLM,
                   attention_mask:Tensor|None=None, # (B,S) 1 for a token, 0 for padding
                   cache:KVCache|None=None, # Past keys and values; the new ones are appended
                   # Gets what every layer's router tells, None for a layer without one
-                  router_stats:list|None=None
+                  router_stats:list|None=None,
+                  rows:bool=False # See `embedded`
                  )->Tensor: # (B,T,D), normalised: what the head reads
     "Embedding, all blocks, last norm."
     T,past = input_ids.shape[1],cache.length if cache is not None else 0
@@ -179,12 +184,12 @@ def hidden_states(self:BantamForCausalLM,
         whole = self.reread(input_ids, position_ids, marks, cache)
         if whole is not input_ids:
             again = self.hidden_states(whole, None, document_ids, attention_mask, cache,
-                                       router_stats)
+                                       router_stats, rows)
             return again[:,-T:]
         cache.see(attention_mask, document_ids)
     positions = marks.positions() if position_ids is None else position_ids
     angles = Angles(positions, marks.key_positions() if position_ids is None else positions)
-    x_BTD = self.embedded(input_ids, positions)
+    x_BTD = self.embedded(input_ids, positions, rows)
     for i,(block,s) in enumerate(zip(self.layers, self.shapes)):
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         call = (lambda *a: checkpoint(block, *a, use_reentrant=False)) if again else block
@@ -286,7 +291,10 @@ def forward(self:BantamForCausalLM,
     "Loss, logits, or both."
     input_ids = check_ids(input_ids, self.config.vocab_size)
     (targets,weights),stats = pick_targets(input_ids, labels, targets, loss_weights),[]
-    h_BTD = self.hidden_states(input_ids, position_ids, document_ids, attention_mask, cache, stats)
+    rows = (targets is not None and self.config.tie_word_embeddings and input_ids.is_cpu
+            and not torch.compiler.is_compiling())
+    h_BTD = self.hidden_states(input_ids, position_ids, document_ids, attention_mask, cache, stats,
+                               rows)
     out = LMOutput(aux_loss=self.router_loss(stats), router_stats=stats if any(stats) else None,
                    cache=cache)
     if targets is not None:

@@ -152,13 +152,12 @@ def train(self:BantamForCausalLM,
 def embedded(self:BantamForCausalLM,
              input_ids:Tensor, # (B,T) ids
              positions:Tensor, # (T,) or (B,T)
-             rows:bool=False # Shall the gradient of the table be that of the rows alone?
+             rows:bool=False # May the gradient of a tied table be that of the rows alone?
             )->Tensor: # (B,T,D)
     "The stream as it enters the first block."
     c,table = self.config,self.embed_tokens
-    table.sparse = rows
-    x_BTD = table(input_ids)
-    table.sparse = False
+    table.sparse = rows and c.tie_word_embeddings and not torch.compiler.is_compiling()
+    x_BTD,table.sparse = table(input_ids),False
     if c.scaled_embeddings: x_BTD = x_BTD * c.hidden_size**.5
     if c.pos_encoding == "learned": x_BTD = x_BTD + self.embed_positions(positions)
     if c.pos_encoding == "sinusoidal":
@@ -291,10 +290,8 @@ def forward(self:BantamForCausalLM,
     "Loss, logits, or both."
     input_ids = check_ids(input_ids, self.config.vocab_size)
     (targets,weights),stats = pick_targets(input_ids, labels, targets, loss_weights),[]
-    rows = (targets is not None and self.config.tie_word_embeddings and input_ids.is_cpu
-            and not torch.compiler.is_compiling())
     h_BTD = self.hidden_states(input_ids, position_ids, document_ids, attention_mask, cache, stats,
-                               rows)
+                               targets is not None and input_ids.is_cpu)
     out = LMOutput(aux_loss=self.router_loss(stats), router_stats=stats if any(stats) else None,
                    cache=cache)
     if targets is not None:

@@ -60,9 +60,9 @@ def free_memory(device:torch.device # Where the run will be
 # %% ../../nbs/4_train/46_plan.ipynb #b9a53a6c
 # Bytes that a first step loads on a CPU (measured without weights): code, threads, workspaces
 FRAMEWORK = 100*2**20
-HOLES = .42 # Of what comes and goes in a micro-batch
+HOLES = .46 # Of what comes and goes in a micro-batch
 # With gradient checkpointing: share of the sum of moments; times the inputs of blocks
-APART,SPOILT = .75,7.6
+APART,SPOILT = 1.11,4.75
 
 def leftovers(moments:dict, # From `BantamForCausalLM.moments`
               again:bool # Are activations computed twice?

@@ -203,8 +203,8 @@ def main():
                           not args.no_compile and not args.quick))
     ratios = {k: rows[0]["ratios"][k] for k in ("bf16", "compiled", "int8", "int8 compiled")
               if k in rows[0]["ratios"]}
-    ratios["first token"], first = first_token(ours, theirs, rounds)
-    ratios["batch of 16"] = batch(ours, new, rounds)
+    ratios["first token"], first = first_token(ours, theirs, 4*rounds) # short, so more of them
+    ratios["batch of 16"] = batch(ours, new, 2*rounds)
     roll = rolling(3000 if args.quick else 20_000)
     missing = dict(rows[0]["missing"])
     try:

@@ -65,9 +65,11 @@ def begin_file(tensors:dict, # {name: tensor}
 
 def write_tensors(tensors:dict, # {name: tensor}
                   path:Path, # The file to make
-                  **meta # Texts for the header
+                  # {name: text} for the header; None is a note of the format, and the digest
+                  meta:dict|None=None
                  )->None:
     "A safetensors file; equal tensors make equal bytes."
+    if meta is None: meta = dict(format="pt", sha256=digest_of(tensors))
     head,names = begin_file(tensors, meta)
     def pieces():
         yield head
@@ -110,7 +112,7 @@ def save_pretrained(self:BantamForCausalLM,
     with new_folder(folder) as tmp:
         try:
             for p in others: shutil.copy2(p, tmp/p.name)
-            write_tensors(tensors, tmp/"model.safetensors", format="pt", sha256=digest_of(tensors))
+            write_tensors(tensors, tmp/"model.safetensors")
         except OSError as e:
             raise BantamError(f"cannot write {folder}: {e}; free space or choose another") from e
         write_json(tmp/"config.json", self.config.to_dict())

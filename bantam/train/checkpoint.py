@@ -60,7 +60,7 @@ def fill(folder:Path, # An empty folder
     "Write every file but the manifest."
     tensors,settings = optimizer.state_dict()
     with ThreadPoolExecutor(1) as beside:
-        written = beside.submit(write_tensors, tensors, folder/"optimizer.safetensors")
+        written = beside.submit(write_tensors, tensors, folder/"optimizer.safetensors", {})
         collect(model.save_pretrained, folder)
         written.result()
     if tokenizer is not None: collect(tokenizer.save, folder)

@@ -257,7 +257,7 @@ def test_verb_never_writes_over_something_nor_halfway(home, tmp_path, monkeypatc
     assert code == 2 and "not empty" in err and (tmp_path/"taken"/"diary.txt").read_text() == "mine"
     # of the module, or of its notebook where that ran in this process before
     room = BantamForCausalLM.save_pretrained.__globals__
-    monkeypatch.setitem(room, "numbers", lambda *a, **k: (
+    monkeypatch.setitem(room, "write_tensors", lambda *a, **k: (
         _ for _ in ()).throw(OSError(28, "No space left on device")))
     code, _, err = cli("quantize", "--model", home/"model", "--out", tmp_path/"out", "--limit", 2)
     assert (code == 2 and "No space left" in err

@@ -74,9 +74,12 @@ def write_tensors(tensors:dict, # {name: tensor}
     def pieces():
         yield head
         for n in names: yield numbers(tensors[n])
-    told = [watch(pieces) for watch in WATCHING]
-    with open(path, "wb") as f:
-        for piece in pieces(): f.write(piece)
+    told,new = [watch(pieces) for watch in WATCHING],path.with_name(f".{path.name}.new")
+    try:
+        with open(new, "wb") as f:
+            for piece in pieces(): f.write(piece)
+        os.replace(new, path)
+    finally: new.unlink(missing_ok=True)
     for done in told: done(path)
 
 def sha256_pieces(pieces # A function that gives bytes, piece by piece

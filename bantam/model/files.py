@@ -42,10 +42,6 @@ KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
          torch.uint8: "U8", torch.bool: "BOOL"} # What the format calls a type
 
-# Each is called, before a file is written, with a function that gives its bytes in pieces, and
-# returns a function that is called with the path when the file is there
-WATCHING:list = []
-
 def begin_file(tensors:dict, # {name: tensor}
                meta:dict # {name: text}, goes into the header
               )->tuple: # Everything before the numbers; the names in the order of the numbers
@@ -62,6 +58,11 @@ def begin_file(tensors:dict, # {name: tensor}
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, names
+
+# %% ../../nbs/3_model/39a_files.ipynb #4ded3c9b
+# Each is called, before a file is written, with a function that gives its bytes in pieces, and
+# returns a function that is called with the path when the file is there
+WATCHING:list = []
 
 def write_tensors(tensors:dict, # {name: tensor}
                   path:Path, # The file to make
